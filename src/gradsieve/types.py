@@ -1,0 +1,306 @@
+"""The nouns of gradsieve: what flows from one package to the next.
+
+    Example ──► (gradients/ + store/) ──► Gradients ──► Problem ──► Selector ──► Selection
+
+Selectors see a `Problem` and nothing else: no model, no tokenizer, no disk. `ArrayGradients` turns plain matrices into a
+`Gradients`, so that every selector also works on gradients that somebody else computed.
+
+Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names those it reads in `needs`:
+
+    loss                 mean negative log-likelihood of the completion tokens (nats per token)
+    tokens               length of the whole sequence after truncation: what training on the row costs
+    completion_tokens    tokens that carry loss
+    norm                 ‖g‖ over the chosen parameters
+    norm/G max/G min/G mean/G sd/G
+                         statistics of the gradient of parameter group G; G is `embedding` or `lm_head`
+    dot/R                <g, r/‖r‖>: the exact product with the UNIT vector of reference R, so that cos(g, r) = dot/R / norm
+
+Reference names R: `target`, `anchor` (all categories together), `anchor:CATEGORY`, `contrast/anchor:CATEGORY`,
+`contrast/target`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation, and exactly the bytes it came from.
+
+    Attributes:
+        id: The user's id, or one made from the content's hash. Unique within a pool.
+        messages: Turns in order, each with at least `role` and `content`; the last is an assistant turn.
+        raw: The example as it was given, as one JSON line without its newline.
+        origin: Where it came from, `file:line`, for error messages.
+        category: The ability it stands for (anchors), or None.
+    """
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    raw: bytes
+    origin: str
+    category: str | None = None
+
+
+class Gradients(Protocol):
+    """Per-example gradients of one set of examples, as a selector sees them.
+
+    Attributes:
+        ids: One id per row; ties break on it.
+        dim: Sketch size d.
+        columns: Exact per-row scalars by name, float64 [n] (see the module docstring).
+        checkpoints: Names of the model checkpoints the sketches were taken at; at least one.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def columns(self) -> Mapping[str, Tensor]: ...
+    @property
+    def checkpoints(self) -> Sequence[str]: ...
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (rows int64 [b], sketches float32 [b, d]) until every row came once, in any order."""
+        ...
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        """Returns the sketches of the rows in `index` (int64 [k]), in that order: float32 [k, d]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayGradients:
+    """`Gradients` of matrices in memory.
+
+    Attributes:
+        ids: One unique id per row.
+        sketch: float [n, d], or one such matrix per checkpoint by name.
+        columns: Scalars by name, [n] each.
+    """
+
+    ids: Sequence[str]
+    sketch: Tensor | Mapping[str, Tensor]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    block_rows: ClassVar[int] = 4096
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        if len(set(self.ids)) != n:
+            raise InvalidArgument(f"ids must be unique, got {n - len(set(self.ids))} repeated of {n}; rename them")
+        for name, matrix in self._sketches().items():
+            if matrix.ndim != 2 or len(matrix) != n:
+                raise InvalidArgument(f"sketch {name!r} must be [{n}, d] (one row per id), got {list(matrix.shape)}")
+        for name, column in self.columns.items():
+            if column.shape != (n,):
+                raise InvalidArgument(f"column {name!r} must be [{n}] (one value per id), got {list(column.shape)}")
+        object.__setattr__(self, "columns", {name: column.double() for name, column in self.columns.items()})
+
+    def _sketches(self) -> Mapping[str, Tensor]:
+        return {"base": self.sketch} if isinstance(self.sketch, Tensor) else self.sketch
+
+    @classmethod
+    def from_matrix(
+        cls, gradients: Tensor, ids: Sequence[str] | None = None, references: Mapping[str, Tensor] | None = None
+    ) -> ArrayGradients:
+        """Returns the gradients of a plain matrix with its `norm` column and, per reference, its `dot/…` column.
+
+        Args:
+            gradients: float [n, d].
+            ids: One per row; "0", "1", … by default.
+            references: Directions [d] by name, for example `{"target": T.mean(0), "anchor": A.mean(0)}`.
+        """
+        G = gradients.double()
+        columns = {"norm": G.square().sum(1).sqrt()}
+        for name, r in (references or {}).items():
+            norm = r.double().square().sum().sqrt()
+            if not norm > 0:
+                raise InvalidArgument(f"reference {name!r} must have a positive norm, got {norm.item()}")
+            columns[f"dot/{name}"] = G @ (r.double() / norm)
+        return cls(ids if ids is not None else [str(i) for i in range(len(G))], gradients, columns)
+
+    @property
+    def dim(self) -> int:
+        return next(iter(self._sketches().values())).shape[1]
+
+    @property
+    def checkpoints(self) -> Sequence[str]:
+        return tuple(self._sketches())
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        matrix = self._sketches()[checkpoint or self.checkpoints[0]]
+        for rows in torch.arange(len(matrix)).split(self.block_rows):
+            yield rows, matrix[rows].float()
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        return self._sketches()[checkpoint or self.checkpoints[0]][index].float()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What is known about a reference direction r beside its products.
+
+    Attributes:
+        norm: ‖r‖.
+        count: Examples it is the mean of (for a contrast: correct ones; as many corrupted ones stand against them).
+        signal_share: 1 - (mean per-example variance / count) / ‖r‖²: near 1 where the mean stands out of its own
+            sampling noise, near or below 0 where it is mostly noise.
+    """
+
+    norm: float
+    count: int
+    signal_share: float
+
+
+class Navigator(Protocol):
+    """A live model that OGS may train and measure; implemented in `gradsieve.train`."""
+
+    def reset(self) -> None:
+        """Puts weights and optimizer back to the start of an episode."""
+        ...
+
+    def step(self, rows: Tensor) -> None:
+        """Takes one optimizer step on these candidate rows (int64 [b])."""
+        ...
+
+    def losses(self) -> tuple[float, float]:
+        """Returns (L_dom, L_gen): the mean losses of the target set and of the anchor's hold-out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a selector may look at.
+
+    Attributes:
+        candidates: Gradients of the pool, n rows.
+        targets: Gradients of examples of the wanted ability, m rows.
+        anchors: Gradients of general examples that must not be forgotten.
+        references: Facts about the references behind the candidates' `dot/…` columns, by the name after the slash.
+        navigator: A live model, for OGS only.
+    """
+
+    candidates: Gradients
+    targets: Gradients | None = None
+    anchors: Gradients | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    navigator: Navigator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much to choose: a number of examples, a share of the candidates, or a number of tokens. Exactly one is set."""
+
+    examples: int | None = None
+    share: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.examples, self.share, self.tokens) if v is not None]
+        if len(given) != 1:
+            raise InvalidArgument(f"budget must set one of examples, share, tokens, got {len(given)} of them")
+        if not given[0] > 0:
+            raise InvalidArgument(f"budget must be above 0, got {given[0]}; write 500, 5% or 200000tok")
+        if self.share is not None and self.share > 1:
+            raise InvalidArgument(f"budget must be at most 100%, got {self.share:.0%}")
+
+    @classmethod
+    def parse(cls, text: str | int | Budget) -> Budget:
+        """Returns the budget written as `500` (examples), `5%` (of the candidates) or `200000tok` (tokens)."""
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|tok)?", str(text).strip().replace("_", ""))
+        if not match:
+            raise InvalidArgument(f"budget must be like 500, 5% or 200000tok, got {text!r}")
+        number, unit = match.groups()
+        if unit == "%":
+            return cls(share=float(number) / 100)
+        if "." in number:
+            raise InvalidArgument(f"budget must be a whole number unless it ends in %, got {text!r}")
+        return cls(tokens=int(number)) if unit == "tok" else cls(examples=int(number))
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.share:.6%}".rstrip("%").rstrip("0").rstrip(".") + "%"
+        return f"{self.tokens}tok" if self.tokens is not None else str(self.examples)
+
+    def limit(self, candidates: Gradients) -> int:
+        """Returns the largest number of examples this budget can mean for these candidates (an upper bound for tokens).
+
+        Raises:
+            InvalidArgument: It is above the candidates, or less than one example.
+        """
+        n = len(candidates.ids)
+        if n == 0:
+            raise InvalidArgument("the pool must hold at least one usable candidate, got none")
+        if self.share is not None:
+            k = math.floor(self.share * n + 1e-9)
+            if k == 0:
+                raise InvalidArgument(f"budget must be at least one example, got {self} of {n} candidates; raise it")
+            return k
+        if self.examples is not None:
+            if self.examples > n:
+                raise InvalidArgument(f"budget must lie in [1, {n}] (the candidates), got {self.examples}; lower it")
+            return self.examples
+        tokens = candidates.columns["tokens"]
+        assert self.tokens is not None
+        if self.tokens > tokens.sum():
+            raise InvalidArgument(f"budget must be at most {int(tokens.sum())}tok (all candidates), got {self}; lower it")
+        ascending = tokens.sort().values.cumsum(0)
+        k = int((ascending <= self.tokens).sum())
+        if k == 0:
+            raise InvalidArgument(f"budget must hold the shortest candidate ({int(tokens.min())} tokens), got {self}")
+        return k
+
+    def take(self, order: Tensor, candidates: Gradients) -> Tensor:
+        """Returns the longest prefix of `order` (rows, best first) that this budget pays for."""
+        order = order[: self.limit(candidates)]
+        if self.tokens is None:
+            return order
+        spent = candidates.columns["tokens"][order].cumsum(0)
+        return order[: int((spent <= self.tokens).sum())]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a selector chose.
+
+    Attributes:
+        rows: int64 [k], best first, unique; k never exceeds the budget.
+        weights: float64 [k], at least 0; all 1 where the method has none.
+        scores: float64 [n], higher is better, NaN where the method gives none.
+        trace: Numbers per step or per setting, for plots (plain lists and floats).
+        notes: Sentences the user must read: a constraint that did not bind, a shortfall and its cause.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    scores: Tensor
+    trace: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A method: a frozen dataclass whose fields are its hyper-parameters, flags and YAML keys.
+
+    `needs` names what it reads, so that exactly that is extracted: columns (`norm`, `dot/target`, `max/lm_head`, …),
+    `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `navigator`. `dot/contrast/anchor:*` and
+    `dot/anchor:*` stand for one column per category of the anchor.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection: ...
