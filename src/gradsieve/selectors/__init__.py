@@ -1,0 +1,24 @@
+"""The methods: a `Problem` and a `Budget` go in, a `Selection` comes out.
+
+One paper, one file, one frozen dataclass whose fields are its hyper-parameters, command-line flags and YAML keys, and
+whose docstring is their help. `SELECTORS` is the only registry; a method in it is under the contract tests. Beside
+`needs` and `select` (see `gradsieve.types.Selector`) each class states, for the table that `gradsieve methods` prints:
+
+    reads     what it looks at, in words
+    cost      its order in n candidates, m targets, d sketch size, k chosen, c checkpoints
+    source    the paper it comes from
+
+What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
+strata, the end of the budget), `directions` (unit sketches with exact products).
+"""
+
+from __future__ import annotations
+
+from gradsieve.selectors.uniform import Random
+from gradsieve.types import Selector
+
+SELECTORS: dict[str, type[Selector]] = {
+    "random": Random,
+}
+
+__all__ = ["SELECTORS", "Random"]

@@ -1,0 +1,114 @@
+"""Orders of rows: by score with ties on the id, spread over strata, and cut where the budget ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsieve.types import Budget, Gradients
+
+LENGTH_BOUND = 0.5
+"""Absolute rank correlation with length above which a score is called a length meter."""
+
+
+def id_order(ids: Sequence[str]) -> Tensor:
+    """Returns the rows sorted by id: int64 [n]. Work in this order does not depend on the order of the pool."""
+    return torch.tensor(sorted(range(len(ids)), key=ids.__getitem__), dtype=torch.long)
+
+
+def best_first(scores: Tensor, by_id: Tensor) -> Tensor:
+    """Returns the rows by descending score, ties by id, rows without a score (NaN) left out: int64 [≤ n].
+
+    Args:
+        scores: float64 [n].
+        by_id: `id_order` of the ids [n], or of the rows one may choose from.
+    """
+    scored = by_id[~scores[by_id].isnan()]
+    return scored[scores[scored].argsort(descending=True, stable=True)]
+
+
+def quantile_strata(values: Tensor, bins: int, by_id: Tensor) -> Tensor:
+    """Returns the stratum of each row: int64 [n] in [0, bins), strata of equal size by ascending value, ties by id."""
+    n = len(values)
+    ascending = by_id[values[by_id].argsort(stable=True)]
+    strata = torch.empty(n, dtype=torch.long)
+    strata[ascending] = torch.arange(n) * bins // n
+    return strata
+
+
+def spread(order: Tensor, strata: Tensor) -> Tensor:
+    """Returns the same rows, reordered so that every prefix holds each stratum in proportion to its size.
+
+    Within a stratum the order stays. The j-th row (from 0) of a stratum of s rows goes to place (j + ½)/s, which is the
+    apportionment of Webster and Sainte-Laguë: shares are right to within a row and, unlike with largest remainders, the
+    choice for a budget contains that for every smaller one, so that a token budget may cut anywhere. Where places
+    coincide the lower stratum comes first, so that how many rows a stratum gets never depends on the order.
+
+    Args:
+        order: Rows, best first: int64 [r].
+        strata: Stratum of every row of the pool: int64 [n].
+    """
+    grouped = order[strata[order].argsort(stable=True)]
+    sizes = strata[grouped].bincount()
+    size = sizes[strata[grouped]]
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[strata[grouped]]
+    return grouped[((rank + 0.5) / size).argsort(stable=True)]
+
+
+def pay(order: Tensor, candidates: Gradients, budget: Budget) -> tuple[Tensor, list[str]]:
+    """Returns the prefix of `order` that the budget pays for, and a note if that falls short of the budget.
+
+    Args:
+        order: The rows one may choose, best first: int64 [≤ n].
+        candidates: The pool.
+        budget: How much to choose.
+    """
+    rows = budget.take(order, candidates)
+    if budget.tokens is None:
+        limit = budget.limit(candidates)
+        if len(rows) == limit:
+            return rows, []
+        return rows, [f"{len(rows)} examples are chosen of the {limit} the budget asks for: no others are eligible"]
+    tokens = candidates.columns["tokens"]
+    spent = int(tokens[rows].sum())
+    if spent >= 0.95 * budget.tokens:
+        return rows, []
+    why = "no others are eligible"
+    if len(rows) < len(order):
+        why = f"the next best, {candidates.ids[int(order[len(rows)])]!r}, has {int(tokens[order[len(rows)]])} tokens"
+    return rows, [f"the chosen {len(rows)} examples spend {spent} of the budget's {budget.tokens} tokens: {why}"]
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Returns Spearman's rank correlation with mean ranks for ties; NaN if either is constant or holds under 2 values."""
+    if len(x) < 2:
+        return float("nan")
+    a, b = (_mean_ranks(v) for v in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    return float((a @ b) / (a.square().sum() * b.square().sum()).sqrt())
+
+
+def length_check(scores: Mapping[str, Tensor], candidates: Gradients) -> tuple[dict[str, float], list[str]]:
+    """Returns the rank correlation of each score with the completion's length, and a note for each that is mostly length.
+
+    Args:
+        scores: float64 [n] by name, NaN where a row has none.
+        candidates: The pool; without a `completion_tokens` column nothing is known about length and both results are empty.
+    """
+    if "completion_tokens" not in candidates.columns:
+        return {}, []
+    length = candidates.columns["completion_tokens"]
+    rho = {name: spearman(s[~s.isnan()], length[~s.isnan()]) for name, s in scores.items()}
+    return rho, [
+        f"{name} is largely a measure of length: its rank correlation with completion_tokens is {r:+.2f}"
+        for name, r in rho.items()
+        if abs(r) > LENGTH_BOUND
+    ]
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    rank: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return rank[inverse]

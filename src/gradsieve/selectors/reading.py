@@ -1,0 +1,136 @@
+"""What a method reads of its problem, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.types import Budget, Gradients, Problem
+
+RELIABLE = 0.7
+"""Signal share below which a reference direction is called unreliable."""
+
+_ANCHOR = "pass a JSONL, or `--anchor demo` for the built-in one"
+_CONTRAST = "pass wrong copies with --corrupted FILE, or `--anchor demo` for the built-in ones"
+_FLAGS = {
+    "targets": ("--target (examples of the ability you want)", "pass a JSONL"),
+    "dot/target": ("--target (examples of the ability you want)", "pass a JSONL"),
+    "anchors": ("--anchor (general examples it must not forget)", _ANCHOR),
+    "dot/anchor": ("--anchor (general examples it must not forget)", _ANCHOR),
+    "dot/anchor:*": ("--anchor with categories (general examples it must not forget)", _ANCHOR),
+    "dot/contrast/anchor:*": ("--anchor with wrong copies (general examples it must not forget)", _CONTRAST),
+    "dot/contrast/target": ("--target with wrong copies (examples of the ability you want)", _CONTRAST),
+    "sketch": ("the candidates' sketches", "extract them with --dim above 0"),
+    "navigator": ("a live model to train and measure", "give Problem(navigator=…)"),
+}
+
+
+def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget | None = None) -> None:
+    """Checks that the problem holds all that a method needs, and that every needed column is usable.
+
+    Args:
+        problem: What the method is about to read.
+        needs: As in `Selector.needs`; a name with `*` asks for at least one column that matches.
+        method: The method's name, for the message.
+        budget: If given and counted in tokens, the `tokens` column is needed too.
+
+    Raises:
+        InvalidArgument: Something is missing (the message names method, thing and cure), a needed column has values that are
+            not finite, a norm is negative, or targets or anchors do not share the candidates' sketch size.
+    """
+    pool = problem.candidates
+    if not len(pool.ids):
+        raise InvalidArgument("the pool must hold at least one usable candidate, got none")
+    asked = set(needs) | ({"tokens"} if budget is not None and budget.tokens is not None else set())
+    there = {"sketch": pool.dim > 0, "navigator": problem.navigator is not None}
+    there |= {"targets": _any_rows(problem.targets), "anchors": _any_rows(problem.anchors)}
+    for need in sorted(asked):
+        if not there.get(need, False) and not (need not in there and matching(pool, need)):
+            raise InvalidArgument(_missing(pool, need, method))
+        for name in matching(pool, need):
+            _check_column(pool, name)
+    for part, name in ((problem.targets, "targets"), (problem.anchors, "anchors")):
+        if name in asked and part is not None and part.dim != pool.dim:
+            raise InvalidArgument(
+                f"the sketches of the {name} must have the candidates' size {pool.dim}, got {part.dim}; extract either again"
+            )
+
+
+def matching(gradients: Gradients, pattern: str) -> list[str]:
+    """Returns the names of the columns that match the pattern, sorted."""
+    return sorted(name for name in gradients.columns if fnmatchcase(name, pattern))
+
+
+def cosines(gradients: Gradients, reference: str) -> Tensor:
+    """Returns the exact cos(g_z, r) of every row with a reference: float64 [n], NaN where the gradient is zero.
+
+    Raises:
+        InvalidArgument: The products are larger than a unit reference allows.
+    """
+    dot, norm = gradients.columns[f"dot/{reference}"], gradients.columns["norm"]
+    cosine = torch.where(norm > 0, dot / norm, torch.nan)
+    largest = cosine.nan_to_num(0).abs().max().item()
+    if largest > 1.05:  # low-precision compute may exceed 1 by about a hundredth
+        raise InvalidArgument(
+            f"column 'dot/{reference}' must hold products with the unit reference, got a cosine of {largest:.3g}; "
+            "divide it by the reference's norm"
+        )
+    return cosine
+
+
+def reference_notes(problem: Problem, references: Iterable[str]) -> list[str]:
+    """Returns one note for each of these references whose direction is mostly its own sampling noise."""
+    known = ((name, problem.references[name]) for name in sorted(references) if name in problem.references)
+    return [
+        f"the reference {name!r} is unreliable: its signal share is {r.signal_share:.2f} (below {RELIABLE}) with "
+        f"{r.count} examples; give more of them"
+        for name, r in known
+        if not r.signal_share >= RELIABLE
+    ]
+
+
+def zero_note(gradients: Gradients, zero: Tensor, method: str) -> list[str]:
+    """Returns a note that names the rows left out because their gradient is zero; no note where there are none.
+
+    Args:
+        gradients: The pool.
+        zero: bool [n].
+        method: The method's name.
+
+    Raises:
+        InvalidArgument: Every row is zero.
+    """
+    names = sorted(gradients.ids[row] for row in zero.nonzero().flatten().tolist())
+    if len(names) == len(gradients.ids):
+        raise InvalidArgument(
+            f"{method} needs gradients with a direction, got zero for all {len(names)} candidates; extract again"
+        )
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return [f"{len(names)} of {len(gradients.ids)} candidates have a zero gradient, which has no direction; left out: {shown}"]
+
+
+def _any_rows(gradients: Gradients | None) -> bool:
+    return gradients is not None and len(gradients.ids) > 0
+
+
+def _missing(pool: Gradients, need: str, method: str) -> str:
+    if need in _FLAGS:
+        what, cure = _FLAGS[need]
+        return f"{method} needs {what}, got none; {cure}"
+    have = ", ".join(sorted(pool.columns)) or "no columns"
+    return f"{method} needs the column {need!r} of the candidates, got {have}; extract it, or add it to the columns"
+
+
+def _check_column(pool: Gradients, name: str) -> None:
+    column = pool.columns[name]
+    bad = ~column.isfinite() | ((column < 0) if name == "norm" or name.startswith("norm/") else False)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        rule = "be finite" if not column[row].isfinite() else "not be negative"
+        raise InvalidArgument(f"column {name!r} must {rule}, got {column[row].item()} for {pool.ids[row]!r}; extract it again")
