@@ -1,0 +1,1 @@
+"""Per-example gradients of a model: sketches, exact statistics, and exact products with reference directions."""

@@ -1,0 +1,104 @@
+"""Reference directions: mean gradients of sets of examples, and their stack that every example is multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.gradients.layers import squared_norm
+from gradsieve.types import Reference
+
+
+@dataclass(eq=False)
+class MeanGradient:
+    """A mean gradient (OGS-1), or the difference of two (OGS-10): one tensor per parameter, [d_out, d_in].
+
+    Attributes:
+        tensors: By parameter name; vectors are [n, 1].
+        count: Examples summed (of the first set, for a difference).
+        noise: Mean per-example variance over count: the squared length that sampling alone gives the mean.
+    """
+
+    tensors: dict[str, Tensor]
+    count: int = 0
+    noise: float = 0.0
+    _squares: float = 0.0
+
+    @classmethod
+    def zeros(cls, shapes: Mapping[str, tuple[int, int]], like: Tensor) -> Self:
+        """Returns an empty sum, float32 (float64 for a float64 model)."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return cls({name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()})
+
+    def add_norms(self, squares: Tensor) -> None:
+        """Counts examples whose gradients were added, by their squared norms [B]."""
+        if not squares.isfinite().all():
+            raise InvalidArgument(
+                "a reference set must have finite gradients only; drop the examples with infinite or NaN loss"
+            )
+        self.count += len(squares)
+        self._squares += float(squares.sum())
+
+    def finish(self) -> Self:
+        """Divides the sums by the count, once."""
+        if self.count < 2:
+            raise InvalidArgument(f"a reference set must hold at least 2 usable examples, got {self.count}; add some")
+        for tensor in self.tensors.values():
+            tensor /= self.count
+        variance = (self._squares / self.count - self.squared_norm()) * self.count / (self.count - 1)
+        self.noise = variance / self.count
+        return self
+
+    def squared_norm(self) -> float:
+        """Returns ‖r‖²."""
+        return float(sum(squared_norm(tensor[None]).sum() for tensor in self.tensors.values()))
+
+    def minus(self, other: MeanGradient) -> MeanGradient:
+        """Returns the contrast self - other (OGS-10); its noise is the sum of both."""
+        tensors = {name: tensor - other.tensors[name] for name, tensor in self.tensors.items()}
+        return MeanGradient(tensors, self.count, self.noise + other.noise)
+
+    def facts(self) -> Reference:
+        """Returns norm, count and signal share."""
+        squares = self.squared_norm()
+        return Reference(norm=squares**0.5, count=self.count, signal_share=1 - self.noise / squares if squares else 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Unit directions, stacked per parameter so that one product serves them all.
+
+    Attributes:
+        names: r names.
+        tensors: [r, d_out, d_in] by parameter name, every direction of norm 1 over all parameters.
+        facts: What is known about each.
+    """
+
+    names: tuple[str, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Reference] = field(default_factory=dict)
+
+    @classmethod
+    def stack(cls, means: Mapping[str, MeanGradient]) -> References:
+        """Returns the unit directions of `means`, emptying them parameter by parameter to bound the memory.
+
+        Raises:
+            InvalidArgument: A mean gradient is zero.
+        """
+        facts = {name: mean.facts() for name, mean in means.items()}
+        for name, fact in facts.items():
+            if not fact.norm > 0:
+                raise InvalidArgument(f"reference {name!r} must have a gradient above 0, got norm {fact.norm}")
+        tensors = {}
+        for key in list(next(iter(means.values())).tensors) if means else ():
+            tensors[key] = torch.stack([mean.tensors.pop(key) / facts[name].norm for name, mean in means.items()])
+        return cls(tuple(means), tensors, facts)
+
+    def of(self, key: str) -> Tensor | None:
+        """Returns the directions' part of one parameter, [r, d_out, d_in], or None without references."""
+        return self.tensors[key] if self.names else None

@@ -1,0 +1,155 @@
+"""Which parameters φ the gradient is taken over, and the rule that covers each.
+
+A specification is a comma-separated list of terms:
+
+    linear      every linear layer of the decoder, without the LM head (nn.Linear and GPT-2's Conv1D); biases included
+    embedding   the input embedding (and learned position embeddings)
+    lm-head     the output layer
+    vectors     biases and the scales of normalisation layers
+    all         all of these
+    lora        every LoRA matrix of a PEFT model
+    last:N      `linear`, in the last N decoder blocks only; the backward pass stops there
+    re:PATTERN  parameters whose full name matches the regular expression (re.search)
+    auto        `lora` for a PEFT model, else `linear`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gradsieve.errors import InvalidArgument, ModelError
+
+Kind = Literal["matrix", "transposed", "bias", "embedding", "head", "scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One parameter, and how its per-example gradient is made.
+
+    Attributes:
+        name: The parameter's name in the model.
+        owner: The module whose input and output gradient are watched.
+        kind: `matrix` [d_out, d_in], `transposed` (Conv1D's [d_in, d_out]), `bias`, `embedding`, `head`, or `scale`
+            (parameters of a normalisation layer).
+        parameter: The parameter itself.
+    """
+
+    name: str
+    owner: nn.Module
+    kind: Kind
+    parameter: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the gradient as this package lays it out; vectors are (n, 1)."""
+        if self.parameter.ndim == 1:
+            return len(self.parameter), 1
+        rows, columns = self.parameter.shape
+        return (columns, rows) if self.kind == "transposed" else (rows, columns)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the transformers model inside a PEFT wrapper, or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Says whether the model carries LoRA matrices."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
+    """Returns the sites that `spec` names, in the model's own order.
+
+    Raises:
+        InvalidArgument: A term is unknown, or the specification matches no parameter.
+        ModelError: A chosen parameter has no rule.
+    """
+    if spec == "auto":
+        spec = "lora" if is_adapted(model) else "linear"
+    sites = _sites(model)
+    chosen: dict[str, Site] = {}
+    for term in (part.strip() for part in spec.split(",")):
+        matches = _term(term, sites, model)
+        found = {name: site for name, site in sites.items() if matches(name, site)}
+        if not found:
+            raise InvalidArgument(f"params must match a parameter, got {term!r}, which matches none of {len(sites)}")
+        chosen |= found
+    for name, site in chosen.items():
+        if isinstance(site, str):
+            raise ModelError(
+                f"parameter {name} must belong to a layer gradsieve has a rule for, got {site}; "
+                "leave it out with --params re:PATTERN or --params linear"
+            )
+    return [site for name, site in sites.items() if name in chosen and isinstance(site, Site)]
+
+
+def _sites(model: nn.Module) -> dict[str, Site | str]:
+    """Returns every parameter's site by name; a parameter without a rule has its module's class name instead."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    table: dict[str, Site | str] = {}
+    for prefix, module in model.named_modules():
+        for short, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{short}" if prefix else short
+            kind = _kind(module, short, parameter, embedding, head)
+            table[name] = Site(name, module, kind, parameter) if kind else type(module).__name__
+    return table
+
+
+def _kind(module: nn.Module, short: str, parameter: Tensor, embedding: nn.Module, head: nn.Module | None) -> Kind | None:
+    if module is head:
+        return "head" if short == "weight" else "bias"
+    if module is embedding or isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear) and short in ("weight", "bias"):
+        return "matrix" if short == "weight" else "bias"
+    if type(module).__name__ == "Conv1D" and short in ("weight", "bias"):
+        return "transposed" if short == "weight" else "bias"
+    if parameter.ndim == 1 and "norm" in type(module).__name__.lower():
+        return "scale"
+    return None
+
+
+def _term(term: str, sites: dict[str, Site | str], model: nn.Module) -> Callable[[str, Site | str], bool]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def linear(name: str, site: Site | str) -> bool:
+        if isinstance(site, str):
+            return ".experts." in name or ".mlp." in name or "proj" in name
+        return site.owner is not head and site.kind in ("matrix", "transposed", "bias") and "lora_" not in name
+
+    kinds: dict[str, Callable[[str, Site | str], bool]] = {
+        "linear": linear,
+        "embedding": lambda _, site: isinstance(site, Site) and site.kind == "embedding",
+        "lm-head": lambda _, site: isinstance(site, Site) and site.owner is head,
+        "vectors": lambda _, site: isinstance(site, Site) and site.kind in ("bias", "scale"),
+        "all": lambda *_: True,
+        "lora": lambda name, _: "lora_" in name,
+    }
+    if term in kinds:
+        return kinds[term]
+    if match := re.fullmatch(r"last:([1-9]\d*)", term):
+        keep = int(match[1])
+        blocks = sorted({block for name in sites if (block := _block(name)) is not None})
+        if keep > len(blocks):
+            raise InvalidArgument(f"params last:N must have N at most {len(blocks)} (the decoder blocks), got {keep}")
+        last = set(blocks[-keep:])
+        return lambda name, site: _block(name) in last and linear(name, site)
+    if term.startswith("re:"):
+        try:
+            pattern = re.compile(term[3:])
+        except re.error as error:
+            raise InvalidArgument(f"params re:PATTERN must be a regular expression, got {term[3:]!r}: {error}") from None
+        return lambda name, _: bool(pattern.search(name))
+    raise InvalidArgument(f"params must be made of {', '.join(kinds)}, last:N, re:PATTERN or auto, got {term!r}")
+
+
+def _block(name: str) -> int | None:
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None

@@ -1,0 +1,74 @@
+"""Seeded random projections: a gradient of millions of numbers becomes d of them, and inner products survive in the mean.
+
+A weight gradient G [d_out, d_in] is projected from both sides with sign matrices, PᵀGQ [k, k] with entries ±1/√k; the k x k
+sketches of all parameters are *summed* (independent signs per parameter, so cross terms vanish in the mean) and, where
+d < k², folded to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of a cosine is about 1/√d.
+
+Every sign comes from a counter-based generator keyed by (seed, name), so that two machines make the same projection without
+shipping it, and ±1/√k is exact in binary for k = 16, 64, 256.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    """Returns the generator of one named matrix: Philox, the same bits on every platform."""
+    return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(f"{seed}/{name}".encode())))
+
+
+def _signs(seed: int, name: str, count: int) -> Tensor:
+    """Returns `count` independent signs, float32 ±1."""
+    packed = np.frombuffer(_generator(seed, name).bytes((count + 7) // 8), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=count).astype(np.float32)).mul_(2).sub_(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SketchPlan:
+    """Which projection is meant: with the model's parameter names it fixes every sign.
+
+    Attributes:
+        dim: Sketch size d.
+        seed: Changes all signs.
+    """
+
+    dim: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.dim <= 65536:
+            raise InvalidArgument(f"dim must lie in [16, 65536], got {self.dim}; 1024 and 4096 are usual")
+
+    @property
+    def side(self) -> int:
+        """k: 64, or for d above 4096 the smallest multiple of 16 with k² ≥ d."""
+        return 64 if self.dim <= 4096 else 16 * ((math.isqrt(self.dim - 1) + 16) // 16)
+
+    def projection(self, name: str, size: int) -> Tensor:
+        """Returns the sign matrix of one axis, float32 [size, k], entries ±1/√k."""
+        return _signs(self.seed, name, size * self.side).view(size, self.side) / math.sqrt(self.side)
+
+    def vector_buckets(self, name: str, size: int) -> tuple[Tensor, Tensor]:
+        """Returns a CountSketch of a parameter vector into the k² cells: cell int64 [size], sign float32 [size]."""
+        cells = _generator(self.seed, f"{name}/cell").integers(0, self.side**2, size=size, dtype=np.int64)
+        return torch.from_numpy(cells), _signs(self.seed, f"{name}/sign", size)
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Returns (order int64, sign float32), both [c·d]: the k² cells in random order, padded by the zero cell number k².
+
+        Cell order[i·c + j] adds to coordinate i with its sign: a CountSketch whose buckets are equally full, which sums in
+        a fixed order on every device.
+        """
+        cells = self.side**2
+        share = math.ceil(cells / self.dim)
+        order = np.concatenate([_generator(self.seed, "fold").permutation(cells), np.full(share * self.dim - cells, cells)])
+        return torch.from_numpy(order), _signs(self.seed, "fold/sign", len(order))
