@@ -1,0 +1,225 @@
+"""A directory of immutable shards; the listing is the journal.
+
+    STORE/store.json                     the manifest
+    STORE/plans/00000000.safetensors     example hashes in order, and where units end: written before the first shard of it
+    STORE/shards/00000042.safetensors    one unit
+
+A killed run leaves whole shards and no others, so the same command computes what is missing. Examples that a store does not
+know yet get a further plan; examples that are no longer asked for stay, and are not shown.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from gradsieve.errors import StoreCorrupt, StoreError
+from gradsieve.store.manifest import NAME, Manifest, write_atomically
+from gradsieve.store.shards import check_shard, pack_sketch, read_sketch, read_tensors, write_shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What is computed, committed and retried as one.
+
+    Attributes:
+        number: Its shard's number.
+        first_row: The store's row number of its first example.
+        keys: Example hashes, 16 bytes each, in order.
+    """
+
+    number: int
+    first_row: int
+    keys: list[bytes]
+
+
+class GradientStore:
+    """A store on disk, opened for one manifest.
+
+    Args:
+        directory: Made if it is not there.
+        manifest: What the rows must have been made with.
+
+    Raises:
+        StoreMismatch: The directory holds a store made with other settings.
+    """
+
+    def __init__(self, directory: str | Path, manifest: Manifest) -> None:
+        self.directory = Path(directory)
+        self.manifest = manifest
+        if (self.directory / NAME).exists():
+            Manifest.read(self.directory).require(manifest, self.directory)
+            return
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise StoreError(
+                f"store {self.directory} must be a store or an empty folder, got one with other files; name another"
+            )
+        try:
+            (self.directory / "shards").mkdir(parents=True, exist_ok=True)
+            (self.directory / "plans").mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"store {self.directory} could not be made: {error.strerror}; choose another folder") from None
+        manifest.write(self.directory)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> GradientStore:
+        """Opens whatever store is there, with its own manifest."""
+        return cls(directory, Manifest.read(Path(directory)))
+
+    def shard(self, number: int) -> Path:
+        """Returns the path of a unit's shard."""
+        return self.directory / "shards" / f"{number:08d}.safetensors"
+
+    def units(self) -> list[Unit]:
+        """Returns all planned units, computed or not."""
+        units: list[Unit] = []
+        row = 0
+        for path in sorted((self.directory / "plans").glob("*.safetensors")):
+            plan = load_file(path)
+            keys = [bytes(key) for key in plan["keys"].numpy()]
+            start = 0
+            for end in plan["ends"].tolist():
+                units.append(Unit(len(units), row + start, keys[start:end]))
+                start = end
+            row += len(keys)
+        return units
+
+    def plan(self, keys: Sequence[bytes], cut: Callable[[list[int]], list[list[int]]]) -> list[Unit]:
+        """Returns the units that `keys` need, planning those the store does not know yet.
+
+        Args:
+            keys: Example hashes; repeated ones are planned once.
+            cut: Cuts new examples (positions into `keys`) into units.
+        """
+        units = self.units()
+        known = {key for unit in units for key in unit.keys}
+        first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+        new = sorted(i for key, i in first_of.items() if key not in known)
+        if new:
+            parts = cut(new)
+            ordered = [keys[i] for part in parts for i in part]
+            ends = np.cumsum([len(part) for part in parts])
+            plan = {
+                "keys": torch.from_numpy(np.frombuffer(b"".join(ordered), dtype=np.uint8).reshape(-1, 16).copy()),
+                "ends": torch.from_numpy(ends.astype(np.int64)),
+            }
+            number = len(list((self.directory / "plans").glob("*.safetensors")))
+            write_atomically(self.directory / "plans" / f"{number:08d}.safetensors", save(plan))
+            units = self.units()
+        wanted = set(keys)
+        return [unit for unit in units if any(key in wanted for key in unit.keys)]
+
+    def pending(self, units: Sequence[Unit]) -> list[Unit]:
+        """Returns the units without a sound shard; a broken shard is named in the log and counts as missing."""
+        missing = []
+        for unit in units:
+            path = self.shard(unit.number)
+            if path.exists():
+                try:
+                    check_shard(path, self.manifest.fingerprint)
+                    continue
+                except StoreCorrupt as error:
+                    log.warning("%s", error)
+            missing.append(unit)
+        return missing
+
+    def commit(self, unit: Unit, sketches: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
+        """Writes a unit's shard.
+
+        Args:
+            unit: The unit.
+            sketches: float32 [b, d] per checkpoint.
+            columns: float64 [b] by name.
+        """
+        tensors: dict[str, Tensor] = {"rows": torch.arange(unit.first_row, unit.first_row + len(unit.keys))}
+        for name, sketch in sketches.items():
+            tensors[f"sketch/{name}"], tensors[f"scale/{name}"] = pack_sketch(sketch.cpu())
+        tensors |= {f"column/{name}": column.cpu().double() for name, column in columns.items()}
+        write_shard(self.shard(unit.number), tensors, self.manifest.fingerprint)
+
+    def verify(self) -> list[str]:
+        """Reads every byte of every shard; returns one sentence per broken or missing one."""
+        problems = []
+        for unit in self.units():
+            path = self.shard(unit.number)
+            if not path.exists():
+                problems.append(f"{path} is missing; run the extraction again to compute it")
+                continue
+            try:
+                check_shard(path, self.manifest.fingerprint)
+            except StoreCorrupt as error:
+                problems.append(str(error))
+        return problems
+
+    def view(self, ids: Sequence[str], keys: Sequence[bytes], extra: Mapping[str, Tensor] | None = None) -> StoredGradients:
+        """Returns the gradients of these examples, in this order.
+
+        Args:
+            ids: One per row.
+            keys: Example hash per row; rows may share one.
+            extra: Further columns, float64 [n], that do not come from the model.
+
+        Raises:
+            StoreError: An example is not in the store.
+        """
+        return StoredGradients(self, ids, keys, extra or {})
+
+
+class StoredGradients:
+    """`Gradients` on disk: columns are in memory, sketches are read shard by shard."""
+
+    def __init__(self, store: GradientStore, ids: Sequence[str], keys: Sequence[bytes], extra: Mapping[str, Tensor]) -> None:
+        place = {key: (unit.number, i) for unit in store.units() for i, key in enumerate(unit.keys)}
+        try:
+            found = np.array([place[key] for key in keys], dtype=np.int64).reshape(-1, 2)
+        except KeyError:
+            missing = sum(key not in place for key in keys)
+            raise StoreError(f"store {store.directory} must hold every example, got {missing} missing; extract them") from None
+        self._store = store
+        self._shards, self._local = found[:, 0], found[:, 1]
+        self.ids = tuple(ids)
+        self.columns: dict[str, Tensor] = dict(extra)
+        self.checkpoints: tuple[str, ...] = ()
+        self.dim = 0
+        for number, rows in self._by_shard(np.arange(len(keys))):
+            path = store.shard(number)
+            if not path.exists():
+                raise StoreError(f"{path} must exist, got nothing; run the extraction again")
+            for name, values in read_tensors(path, "column/").items():
+                column = self.columns.setdefault(name, torch.full((len(keys),), torch.nan, dtype=torch.float64))
+                column[rows] = values[self._local[rows]]
+            if not self.checkpoints:
+                halves = read_tensors(path, "sketch/")
+                self.checkpoints = tuple(sorted(halves))
+                self.dim = next(iter(halves.values())).shape[1]
+
+    def _by_shard(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (shard number, positions in `wanted`) for the rows in `wanted`."""
+        order = np.argsort(self._shards[wanted], kind="stable")
+        numbers, starts = np.unique(self._shards[wanted][order], return_index=True)
+        for number, positions in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            yield number, positions
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (rows int64 [b], sketches float32 [b, d]), a shard at a time."""
+        for number, rows in self._by_shard(np.arange(len(self.ids))):
+            sketch = read_sketch(self._store.shard(number), checkpoint or self.checkpoints[0], self._local[rows])
+            yield torch.from_numpy(rows), sketch
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        """Returns the sketches of these rows, float32 [k, d]."""
+        wanted = index.numpy()
+        result = torch.empty(len(wanted), self.dim)
+        for number, positions in self._by_shard(wanted):
+            sketch = read_sketch(self._store.shard(number), checkpoint or self.checkpoints[0], self._local[wanted[positions]])
+            result[torch.from_numpy(positions)] = sketch
+        return result

@@ -1,0 +1,90 @@
+"""One shard: an immutable safetensors file with the rows of one unit, and a checksum over names, types, shapes and bytes.
+
+rows                int64 [b]       numbers within the store, ascending with the plan
+sketch/CHECKPOINT   float16 [b, d]  sketch divided by its scale, so that neither large nor small gradients lose digits
+scale/CHECKPOINT    float32 [b]
+column/NAME         float64 [b]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from gradsieve.errors import StoreCorrupt
+from gradsieve.store.manifest import write_atomically
+
+
+def pack_sketch(sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (float16 [b, d], scale float32 [b]) with sketch ≈ half · scale; the scale is a power of two, so exact.
+
+    Rows that are not finite come back as NaN with scale 1.
+    """
+    largest = sketch.abs().amax(1)
+    scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float32).tiny))))
+    scale = torch.where(largest.isfinite() & (largest > 0), scale, torch.ones_like(scale))
+    return (sketch / scale[:, None]).half(), scale.float()
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
+    """Writes a shard under its final name at once: a reader sees all of it or nothing."""
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    metadata = {"fingerprint": fingerprint, "xxh3": digest(contiguous)}
+    write_atomically(path, save_bytes(contiguous, metadata))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the checksum of a shard's content."""
+    hasher = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def check_shard(path: Path, fingerprint: str) -> None:
+    """Reads every byte of a shard and compares it with what was written.
+
+    Raises:
+        StoreCorrupt: It is not a shard of this store, byte for byte.
+    """
+    content = path.read_bytes()
+    try:
+        tensors = load_bytes(content)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise StoreCorrupt(
+            f"{path} must be a safetensors file, got {error}; run the extraction again to recompute it"
+        ) from None
+    if metadata.get("fingerprint") != fingerprint:
+        raise StoreCorrupt(f"{path} must carry the fingerprint {fingerprint}, got {metadata.get('fingerprint')}; recompute it")
+    # a flipped byte in the header that still parses shows when the same content is written again
+    if metadata.get("xxh3") != digest(tensors) or save_bytes(dict(sorted(tensors.items())), metadata) != content:
+        raise StoreCorrupt(
+            f"{path} must hold the bytes that were written, got others; run the extraction again to recompute it"
+        )
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Returns the shard's tensors whose names start with `prefix`, keyed by the rest of the name."""
+    with safe_open(path, framework="pt") as file:
+        return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def read_sketch(path: Path, checkpoint: str, local: np.ndarray | Tensor | slice = slice(None)) -> Tensor:
+    """Returns sketches of a shard's rows, float32 [b, d]."""
+    with safe_open(path, framework="pt") as file:
+        half, scale = file.get_tensor(f"sketch/{checkpoint}"), file.get_tensor(f"scale/{checkpoint}")
+    if isinstance(local, np.ndarray):
+        local = torch.from_numpy(local)
+    sketch: Tensor = half[local].float() * scale[local, None]
+    return sketch
