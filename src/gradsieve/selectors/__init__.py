@@ -9,16 +9,24 @@ whose docstring is their help. `SELECTORS` is the only registry; a method in it 
     source    the paper it comes from
 
 What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
-strata, the end of the budget), `directions` (unit sketches with exact products).
+strata, the end of the budget), `directions` (unit sketches with exact products), `density` (of one number per example).
 """
 
 from __future__ import annotations
 
+from gradsieve.selectors.grads import GrADS
+from gradsieve.selectors.less import LESS
+from gradsieve.selectors.ogs_static import OGSStatic
+from gradsieve.selectors.orth_only import OrthOnly
 from gradsieve.selectors.uniform import Random
 from gradsieve.types import Selector
 
 SELECTORS: dict[str, type[Selector]] = {
     "random": Random,
+    "grads": GrADS,
+    "ogs-static": OGSStatic,
+    "orth-only": OrthOnly,
+    "less": LESS,
 }
 
-__all__ = ["SELECTORS", "Random"]
+__all__ = ["LESS", "SELECTORS", "GrADS", "OGSStatic", "OrthOnly", "Random"]

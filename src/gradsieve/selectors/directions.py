@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.types import Gradients
+from gradsieve.types import Budget, Gradients
 
 CACHE_BYTES = 2 << 30
 """Unit sketches of at most this size (as float32) stay in memory; larger ones are read again in each pass."""
@@ -103,8 +103,10 @@ def unit_rows(sketch: Tensor) -> Tensor:
     return on_grid(G / norm.where(norm > 0, 1.0))
 
 
-def marginal_relevance(directions: Directions, relevance: Tensor, weight: float, among: Tensor, limit: int) -> Iterator[int]:
-    """Yields rows greedily, each the one with the largest relevance that is least like those already yielded.
+def marginal_relevance(
+    directions: Directions, relevance: Tensor, weight: float, among: Tensor, budget: Budget
+) -> tuple[Tensor, Tensor]:
+    """Returns rows chosen greedily, each the one with the largest relevance that is least like those already chosen.
 
     argmax_z relevance(z) - weight · max(0, max_{s chosen} cos(z, s)), ties by the order of `among`: maximal marginal relevance
     (Carbonell & Goldstein 1998). The similarity of a row only grows, so its last known value is an upper bound: only rows whose
@@ -115,16 +117,21 @@ def marginal_relevance(directions: Directions, relevance: Tensor, weight: float,
         relevance: float64 [n].
         weight: At least 0.
         among: The rows one may choose from, by id: int64 [r].
-        limit: Largest number of rows to yield, at least 0.
+        budget: How much to choose; with a token budget the last row may be one that it no longer pays for.
 
-    Yields:
-        Rows of the pool; O(n + new products) each, at most O(r d · limit) for all.
+    Returns:
+        Rows in the order they were chosen, int64 [k], and max(0, largest cosine to the rows before) of each, float64 [k];
+        O(r d k) at most.
     """
+    pool = directions.gradients
+    steps = min(budget.limit(pool), len(among))
     relevance = relevance[among]
     bound, nearest = relevance.clone(), torch.zeros_like(relevance)
     seen = torch.zeros(len(among), dtype=torch.long)  # how many of the chosen are in `nearest`
-    chosen = torch.empty(min(limit, len(among)), directions.gradients.dim)
-    for step in range(len(chosen)):
+    chosen = torch.empty(steps, pool.dim)
+    picks: list[int] = []
+    spent = 0.0
+    for step in range(steps):
         width = 256
         while seen[top := int(bound.argmax())] < step:  # argmax returns the first of equals
             stale = torch.cat([bound.topk(min(width, len(bound))).indices, torch.tensor([top])]).unique()
@@ -136,6 +143,12 @@ def marginal_relevance(directions: Directions, relevance: Tensor, weight: float,
                 bound[group] = relevance[group] - weight * nearest[group]
                 seen[group] = step
             width *= 2
+        picks.append(top)
+        if budget.tokens is not None:
+            spent += pool.columns["tokens"][among[top]].item()
+            if spent > budget.tokens:
+                break
         chosen[step] = directions.rows(among[top : top + 1])[0].float()
-        bound[top], seen[top] = -torch.inf, limit
-        yield int(among[top])
+        bound[top], seen[top] = -torch.inf, steps
+    order = torch.tensor(picks, dtype=torch.long)
+    return among[order], nearest[order]

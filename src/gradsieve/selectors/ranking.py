@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.reading import check_choice
 from gradsieve.types import Budget, Gradients
+
+Stratify = Literal["none", "length"]
 
 LENGTH_BOUND = 0.5
 """Absolute rank correlation with length above which a score is called a length meter."""
@@ -36,6 +42,13 @@ def quantile_strata(values: Tensor, bins: int, by_id: Tensor) -> Tensor:
     strata = torch.empty(n, dtype=torch.long)
     strata[ascending] = torch.arange(n) * bins // n
     return strata
+
+
+def check_stratify(stratify: str, bins: int) -> None:
+    """Raises InvalidArgument unless this is a way to stratify."""
+    check_choice("stratify", stratify, Stratify)
+    if bins < 2:
+        raise InvalidArgument(f"bins must be at least 2, got {bins}; write stratify none for no strata")
 
 
 def spread(order: Tensor, strata: Tensor) -> Tensor:
@@ -79,6 +92,25 @@ def pay(order: Tensor, candidates: Gradients, budget: Budget) -> tuple[Tensor, l
     if len(rows) < len(order):
         why = f"the next best, {candidates.ids[int(order[len(rows)])]!r}, has {int(tokens[order[len(rows)]])} tokens"
     return rows, [f"the chosen {len(rows)} examples spend {spent} of the budget's {budget.tokens} tokens: {why}"]
+
+
+def exact_mean(values: Tensor) -> float:
+    """Returns the mean, NaN left out, rounded once: the same for any order and number of threads; NaN if none is left."""
+    numbers = values[~values.isnan()].tolist()
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def deviation(values: Tensor) -> float:
+    """Returns the standard deviation (divisor n) around `exact_mean`."""
+    return math.sqrt(exact_mean((values - exact_mean(values)).square()))
+
+
+def percentile(values: Tensor, q: float) -> float:
+    """Returns the q-th percentile (q in [0, 100]) of the values that are not NaN, linear between neighbours."""
+    ascending = values[~values.isnan()].sort().values
+    place = q / 100 * (len(ascending) - 1)
+    low, high = ascending[math.floor(place)].item(), ascending[math.ceil(place)].item()
+    return low + (high - low) * (place - math.floor(place))
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

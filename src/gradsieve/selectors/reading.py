@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +61,12 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
             )
 
 
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises InvalidArgument unless the value of a field is one of the strings of its `Literal`."""
+    if value not in get_args(choices):
+        raise InvalidArgument(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
 def matching(gradients: Gradients, pattern: str) -> list[str]:
     """Returns the names of the columns that match the pattern, sorted."""
     return sorted(name for name in gradients.columns if fnmatchcase(name, pattern))
@@ -93,26 +100,25 @@ def reference_notes(problem: Problem, references: Iterable[str]) -> list[str]:
     ]
 
 
-def zero_note(gradients: Gradients, zero: Tensor, method: str) -> list[str]:
+def zero_note(gradients: Gradients, zero: Tensor, method: str, what: str = "candidates") -> list[str]:
     """Returns a note that names the rows left out because their gradient is zero; no note where there are none.
 
     Args:
-        gradients: The pool.
+        gradients: The pool, or another set.
         zero: bool [n].
         method: The method's name.
+        what: What the rows are called.
 
     Raises:
         InvalidArgument: Every row is zero.
     """
     names = sorted(gradients.ids[row] for row in zero.nonzero().flatten().tolist())
     if len(names) == len(gradients.ids):
-        raise InvalidArgument(
-            f"{method} needs gradients with a direction, got zero for all {len(names)} candidates; extract again"
-        )
+        raise InvalidArgument(f"{method} needs gradients with a direction, got zero for all {len(names)} {what}; extract again")
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return [f"{len(names)} of {len(gradients.ids)} candidates have a zero gradient, which has no direction; left out: {shown}"]
+    return [f"{len(names)} of {len(gradients.ids)} {what} have a zero gradient, which has no direction; left out: {shown}"]
 
 
 def _any_rows(gradients: Gradients | None) -> bool:

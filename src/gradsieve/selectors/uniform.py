@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 
-from gradsieve.errors import InvalidArgument
-from gradsieve.selectors.ranking import id_order, pay, quantile_strata, spread
+from gradsieve.selectors.ranking import Stratify, check_stratify, id_order, pay, quantile_strata, spread
 from gradsieve.selectors.reading import require
 from gradsieve.types import Budget, Problem, Selection
-
-Stratify = Literal["none", "length"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,3 @@ class Random:
         rows, notes = pay(order, pool, budget)
         scores = torch.full((n,), torch.nan, dtype=torch.float64)
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), scores, notes=tuple(notes))
-
-
-def check_stratify(stratify: str, bins: int) -> None:
-    """Raises InvalidArgument unless this is a way to stratify."""
-    if stratify not in get_args(Stratify):
-        raise InvalidArgument(f"stratify must be one of {', '.join(get_args(Stratify))}, got {stratify!r}")
-    if bins < 2:
-        raise InvalidArgument(f"bins must be at least 2, got {bins}; write stratify none for no strata")

@@ -1,0 +1,349 @@
+"""OGS without a policy: utility traded against the risk of forgetting, by one multiplier or by a filter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.directions import Directions, marginal_relevance, unit_rows
+from gradsieve.selectors.ranking import (
+    Stratify,
+    best_first,
+    check_stratify,
+    exact_mean,
+    id_order,
+    length_check,
+    pay,
+    percentile,
+    quantile_strata,
+    spread,
+)
+from gradsieve.selectors.reading import check_choice, cosines, matching, reference_notes, require, zero_note
+from gradsieve.types import Budget, Gradients, Problem, Selection
+
+Anchor = Literal["contrast", "plain", "both"]
+Form = Literal["top", "filter"]
+BoundOf = Literal["percentile", "mean"]
+Draw = Literal["random", "diversity", "utility"]
+
+LARGEST_PENALTY = 1e6
+"""Above this λ a difference in risk of one millionth outweighs any utility: the order is by risk first, utility second."""
+_TOLERANCE = 1e-12  # on a mean risk, for the rounding of the mean itself
+
+
+@dataclass(frozen=True)
+class OGSStatic:
+    """Picks examples whose gradient points to the target and does not push against general abilities.
+
+    Utility a(z) = cos(g_z, g_target) (Eq. OGS-5). Risk is the largest max(0, -cos(g_z, r)) over the references r of the anchor
+    (Eq. OGS-3, OGS-10). With first-order gain and forgetting the constrained problem of OGS (2026, arXiv:2602.06359) has a
+    threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the mean risk of the chosen within
+    its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
+
+    If λ is 0 the anchor changed nothing, and a note says so; if even the least risky examples miss the bound they are chosen,
+    and a note gives the mean risk they reach. Examples with a zero gradient have no direction; they get no score, are
+    not picked, and a note says so.
+
+    Attributes:
+        anchor: What stands for the abilities to keep. "contrast": every mean difference between right and wrong copies of the
+            same examples that was measured (of anchor categories, and of the target if there is one), which cancels format and
+            topic; "plain": the mean gradient of all anchor examples, to which nearly every chat example has a positive cosine;
+            "both".
+        form: "top" takes the best by utility minus λ times risk; "filter" drops the riskiest and draws from the rest.
+        bound: With form "top", how risky the chosen may be on average, in percent of `bound_of`, from 0 to 100.
+        bound_of: "percentile": the mean risk of the chosen must not exceed the `bound`-th percentile of the pool's risks;
+            "mean": it must not exceed `bound` percent of the pool's mean risk (100 is: no riskier than a random draw).
+        drop: With form "filter", the percentage of the pool to drop, the riskiest first, from 0 to below 100. An example with
+            risk 0 is never dropped.
+        draw: With form "filter", how to choose from what is left. "random": uniformly; "utility": the largest first;
+            "diversity": greedily by half the cosine to the pool's mean direction minus half the largest cosine to what is
+            already chosen (maximal marginal relevance, on sketches).
+        center: Measure utility from the pool's mean direction μ, to take out what all candidates share:
+            (a(z) - mean a) / ‖u_z - μ‖ with unit gradients u. The numerator is exact, the distance comes from sketches (off by
+            about 1/√(2d)).
+        stratify: "length" takes short and long completions in proportion to what may be chosen, because a cosine to a mean
+            tends to prefer short answers; "none" leaves it to the score. Not for draw "diversity".
+        bins: Number of length strata of equal size, at least 2; read with stratify "length" only.
+    """
+
+    anchor: Anchor = "contrast"
+    form: Form = "top"
+    bound: float = 50.0
+    bound_of: BoundOf = "percentile"
+    drop: float = 10.0
+    draw: Draw = "random"
+    center: bool = False
+    stratify: Stratify = "none"
+    bins: int = 10
+
+    reads: ClassVar[str] = "target and anchor cosines (exact)"
+    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd)"
+    source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
+
+    def __post_init__(self) -> None:
+        check_choice("anchor", self.anchor, Anchor)
+        check_choice("form", self.form, Form)
+        check_choice("bound_of", self.bound_of, BoundOf)
+        check_choice("draw", self.draw, Draw)
+        check_stratify(self.stratify, self.bins)
+        if not 0 <= self.bound <= 100:
+            raise InvalidArgument(f"bound must lie in [0, 100] percent, got {self.bound}")
+        if not 0 <= self.drop < 100:
+            raise InvalidArgument(f"drop must lie in [0, 100) percent, got {self.drop}; 0 keeps the whole pool")
+        if self.stratify == "length" and self.form == "filter" and self.draw == "diversity":
+            raise InvalidArgument("stratify must be none with draw diversity, got length; draw at random or by utility")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The norm and the products behind utility and risk; sketches to centre or to draw by diversity."""
+        names = {"norm"}
+        if self._ranks_by_utility:
+            names |= {"dot/target"} | ({"sketch"} if self.center else set())
+        if self.anchor != "plain":
+            names.add("dot/contrast/anchor:*")
+        if self.anchor != "contrast":
+            names.add("dot/anchor")
+        if self.form == "filter" and self.draw == "diversity":
+            names.add("sketch")
+        if self.stratify == "length":
+            names.add("completion_tokens")
+        return frozenset(names)
+
+    @property
+    def _ranks_by_utility(self) -> bool:
+        return self.form == "top" or self.draw == "utility"
+
+    def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
+        """Returns the chosen, best first; scores are a - λ·risk ("top"), utility ("filter" by utility) or -risk.
+
+        The trace holds `utility` and `risk` of every candidate, their means, the references behind them and, for "top", the
+        bound, λ (None where the order is by risk first) and (λ, mean risk, mean utility) for every λ tried; `gap` bounds by how
+        much the summed utility can fall short of the optimum. `rng` is used by draw "random" only.
+        """
+        pool = problem.candidates
+        references = self._risk_references(pool)
+        require(problem, self.needs | {f"dot/{name}" for name in references}, "ogs-static", budget)
+        directions = Directions.of(pool) if "sketch" in self.needs else None
+        zero = pool.columns["norm"] == 0
+        zero = zero if directions is None else zero | directions.zero
+        notes = zero_note(pool, zero, "ogs-static")
+
+        risk = torch.stack([(-cosines(pool, name)).clamp(min=0) for name in references]).amax(0)
+        scores = {"risk": risk.where(~zero, torch.nan)}
+        if self._ranks_by_utility:
+            utility = cosines(pool, "target").where(~zero, torch.nan)
+            scores["utility"] = _centred(utility, directions) if self.center and directions is not None else utility
+            references = ["target", *references]
+        correlation, length_notes = length_check(scores, pool)
+        notes += reference_notes(problem, references) + _zero_risk_note(scores["risk"], self.anchor) + length_notes
+
+        if self.form == "top":
+            chosen = self._top(scores, pool, budget)
+        else:
+            chosen = self._filter(scores, directions, pool, budget, rng)
+        trace: dict[str, Any] = {name: values.tolist() for name, values in scores.items()}
+        trace |= {f"mean_{name}": exact_mean(values[chosen.rows]) for name, values in scores.items()}
+        trace |= {f"pool_mean_{name}": exact_mean(values) for name, values in scores.items()}
+        trace |= {"references": references, "length_correlation": correlation, **chosen.trace}
+        return Selection(chosen.rows, chosen.weights, chosen.scores, trace, (*notes, *chosen.notes))
+
+    def _risk_references(self, pool: Gradients) -> list[str]:
+        names = ["anchor"] if self.anchor != "contrast" else []
+        if self.anchor != "plain":
+            names += [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
+        return names
+
+    def _strata(self, pool: Gradients, by_id: Tensor) -> Tensor:
+        if self.stratify == "length":
+            return quantile_strata(pool.columns["completion_tokens"], self.bins, by_id)
+        return torch.zeros(len(pool.ids), dtype=torch.long)
+
+    def _top(self, scores: Mapping[str, Tensor], pool: Gradients, budget: Budget) -> Selection:
+        utility, risk = scores["utility"], scores["risk"]
+        by_id = id_order(pool.ids)
+        strata = self._strata(pool, by_id)
+        bound = percentile(risk, self.bound) if self.bound_of == "percentile" else self.bound / 100 * exact_mean(risk)
+        trade = _trade(utility, risk, bound, best_first(-risk, by_id), strata, lambda order: budget.take(order, pool))
+        rows, shortfall = pay(trade.order, pool, budget)
+        final, gap = -risk, None
+        if trade.penalty is not None:
+            final = utility - trade.penalty * risk
+        if trade.penalty and budget.tokens is None:
+            dual = final[rows].sum() + trade.penalty * bound * len(rows)
+            rows = _exchange(rows, budget.take(trade.riskier, pool), risk, strata, bound * len(rows))
+            rows = rows[final[rows].argsort(descending=True, stable=True)]
+            gap = max(0.0, (dual - utility[rows].sum()).item())
+        notes = self._penalty_notes(trade.penalty, exact_mean(risk[rows]), bound)
+        trace = {"bound": bound, "lambda": trade.penalty, "path": [list(step) for step in sorted(trade.path)], "gap": gap}
+        return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
+
+    def _penalty_notes(self, penalty: float | None, mean_risk: float, bound: float) -> list[str]:
+        of = "percentile {:g} of the pool's risks" if self.bound_of == "percentile" else "{:g}% of the pool's mean risk"
+        limit = f"the bound {bound:.4g} ({of.format(self.bound)})"
+        if penalty is None and mean_risk > bound + _TOLERANCE:
+            return [
+                f"infeasible: the least risky examples that fill the budget have mean risk {mean_risk:.4g}, above {limit}, "
+                "and are chosen; raise --bound or lower the budget"
+            ]
+        if penalty is None:
+            return [
+                f"{limit} leaves no room: examples are chosen by risk first and utility second; raise --bound to use utility"
+            ]
+        if penalty > 0:
+            return []
+        cures = ["--anchor contrast", "--form filter"] if self.anchor == "plain" else ["--form filter"]
+        return [
+            f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
+            f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
+        ]
+
+    def _filter(
+        self, scores: Mapping[str, Tensor], directions: Directions | None, pool: Gradients, budget: Budget, rng: torch.Generator
+    ) -> Selection:
+        risk, by_id = scores["risk"], id_order(pool.ids)
+        riskiest = best_first(risk, by_id)
+        asked = math.floor(self.drop / 100 * len(riskiest) + 1e-9)
+        dropped = riskiest[:asked][risk[riskiest[:asked]] > 0]
+        keep = ~risk.isnan()
+        keep[dropped] = False
+        kept = by_id[keep[by_id]]
+        notes, final = [], -risk
+        if len(dropped) < asked:
+            notes.append(
+                f"drop {self.drop:g}% means {asked} examples, but only {len(dropped)} have any risk; these were dropped"
+            )
+        if self.draw == "diversity" and directions is not None:
+            order, _ = marginal_relevance(directions, _centrality(directions) / 2, 0.5, kept, budget)
+        elif self.draw == "utility":
+            final = scores["utility"].where(keep, torch.nan)
+            order = best_first(final, by_id)
+        else:
+            order = kept[torch.randperm(len(kept), generator=rng)]
+        rows, shortfall = pay(spread(order, self._strata(pool, by_id)), pool, budget)
+        trace = {"dropped": sorted(dropped.tolist()), "threshold": risk[dropped].min().item() if len(dropped) else None}
+        return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
+
+
+@dataclass(frozen=True, eq=False)
+class _Trade:
+    """The order at the smallest λ that meets the bound.
+
+    Attributes:
+        order: Rows, best first.
+        penalty: λ, or None where the order is by risk first and utility second.
+        riskier: The order just below that λ, which misses the bound; the same as `order` if λ is 0 or None.
+        path: (λ, mean risk, mean utility) of the rows paid for, for every λ tried.
+    """
+
+    order: Tensor
+    penalty: float | None
+    riskier: Tensor
+    path: list[tuple[float, float, float]]
+
+
+def _trade(
+    utility: Tensor, risk: Tensor, bound: float, safest: Tensor, strata: Tensor, take: Callable[[Tensor], Tensor]
+) -> _Trade:
+    """Returns the order by utility - λ·risk at the smallest λ whose choice has a mean risk within the bound (Eq. OGS-8).
+
+    max Σ a_i x_i with Σ x_i = k, Σ r_i x_i <= k·bound, 0 <= x <= 1 has the Lagrangian dual min_λ Σ top-k(a - λr) + λ·k·bound: a
+    choice by a - λr that meets the bound with equality is optimal. The mean risk of the top k falls in λ, hence the bisection.
+    (A token budget lets k vary with λ; then the bound is met too, but nothing is claimed about the optimum.)
+
+    Args:
+        utility: float64 [n].
+        risk: float64 [n], NaN where the row may not be chosen.
+        bound: On the mean risk of the rows taken.
+        safest: The rows one may choose from, by ascending risk, ties by id.
+        strata: int64 [n].
+        take: Cuts an order where the budget ends.
+    """
+    path: list[tuple[float, float, float]] = []
+
+    def order_at(penalty: float) -> Tensor:
+        return spread(best_first(utility - penalty * risk, safest), strata)
+
+    def meets(order: Tensor) -> bool:
+        return not exact_mean(risk[take(order)]) > bound + _TOLERANCE
+
+    def tried(order: Tensor, penalty: float) -> bool:
+        rows = take(order)
+        path.append((penalty, exact_mean(risk[rows]), exact_mean(utility[rows])))
+        return meets(order)
+
+    order = order_at(0.0)
+    if tried(order, 0.0):
+        return _Trade(order, 0.0, order, path)
+    safe = spread(best_first(-risk, best_first(utility, safest)), strata)
+    if not meets(safe):
+        return _Trade(safe, None, safe, path)
+    low, riskier, high = 0.0, order, 1.0
+    while not tried(order := order_at(high), high):
+        low, riskier, high = high, order, 2 * high
+        if high > LARGEST_PENALTY:
+            return _Trade(safe, None, safe, path)
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        trial = order_at(middle)
+        if tried(trial, middle):
+            high, order = middle, trial
+        else:
+            low, riskier = middle, trial
+    return _Trade(order, high, riskier, path)
+
+
+def _exchange(rows: Tensor, riskier: Tensor, risk: Tensor, strata: Tensor, room: float) -> Tensor:
+    """Returns `rows` with as many rows of the riskier choice swapped in as the bound has room for.
+
+    The two choices lie on either side of the critical λ, where all rows in which they differ have equal a - λr: there the
+    riskier row is the more useful one. What room is left in the end is less than the next swap would take.
+
+    Args:
+        rows: A choice that meets the bound: int64 [k].
+        riskier: One that does not, with as many rows of each stratum: int64 [k].
+        risk: float64 [n].
+        strata: int64 [n].
+        room: Bound on the sum of the risks of the chosen.
+    """
+    safest = best_first(-risk, torch.arange(len(risk)))
+    grouped = safest[strata[safest].argsort(stable=True)]
+    out = grouped[torch.isin(grouped, rows) & ~torch.isin(grouped, riskier)]
+    into = grouped[torch.isin(grouped, riskier) & ~torch.isin(grouped, rows)]
+    rise = risk[into] - risk[out]
+    rows, total = rows.clone(), risk[rows].sum().item()
+    for pair in rise.argsort(stable=True).tolist():
+        if rise[pair] <= 0:
+            continue
+        total += rise[pair].item()
+        if total > room + _TOLERANCE:
+            break
+        rows[rows == out[pair]] = into[pair]
+    return rows
+
+
+def _centrality(directions: Directions) -> Tensor:
+    return directions.products(unit_rows(directions.mean[None]).T)[:, 0]
+
+
+def _centred(utility: Tensor, directions: Directions) -> Tensor:
+    """Returns (a - mean a) / ‖u - μ‖, 0 where a row is the mean itself, NaN where `utility` is: float64 [n]; O(nd)."""
+    distance = torch.empty_like(utility)
+    for index, U in directions.blocks():
+        distance[index] = (U - directions.mean).square().sum(1).sqrt()
+    centred = (utility - exact_mean(utility)) / distance
+    return centred.where((distance > 1e-6) | utility.isnan(), 0.0)
+
+
+def _zero_risk_note(risk: Tensor, anchor: str) -> list[str]:
+    known = risk[~risk.isnan()]
+    share = int((known == 0).sum()) / len(known)
+    if not share > 0.9:
+        return []
+    cure = "give wrong copies that fail in other ways (--corrupted FILE)" if anchor != "plain" else "use --anchor contrast"
+    return [f"risk is zero for {share:.0%} of the candidates, so it tells few of them apart; {cure}"]
