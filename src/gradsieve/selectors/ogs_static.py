@@ -176,8 +176,9 @@ class OGSStatic:
             final = utility - trade.penalty * risk
         if trade.penalty and budget.tokens is None:
             dual = final[rows].sum() + trade.penalty * bound * len(rows)
-            rows = _exchange(rows, budget.take(trade.riskier, pool), risk, strata, bound * len(rows))
-            rows = rows[final[rows].argsort(descending=True, stable=True)]
+            rows = _exchange(rows, budget.take(trade.riskier, pool), best_first(-risk, by_id), risk, strata, bound)
+            order = best_first(final, by_id)
+            rows = spread(order[torch.isin(order, rows)], strata)
             gap = max(0.0, (dual - utility[rows].sum()).item())
         notes = self._penalty_notes(trade.penalty, exact_mean(risk[rows]), bound)
         trace = {"bound": bound, "lambda": trade.penalty, "path": [list(step) for step in sorted(trade.path)], "gap": gap}
@@ -298,7 +299,7 @@ def _trade(
     return _Trade(order, high, riskier, path)
 
 
-def _exchange(rows: Tensor, riskier: Tensor, risk: Tensor, strata: Tensor, room: float) -> Tensor:
+def _exchange(rows: Tensor, riskier: Tensor, safest: Tensor, risk: Tensor, strata: Tensor, bound: float) -> Tensor:
     """Returns `rows` with as many rows of the riskier choice swapped in as the bound has room for.
 
     The two choices lie on either side of the critical λ, where all rows in which they differ have equal a - λr: there the
@@ -307,21 +308,21 @@ def _exchange(rows: Tensor, riskier: Tensor, risk: Tensor, strata: Tensor, room:
     Args:
         rows: A choice that meets the bound: int64 [k].
         riskier: One that does not, with as many rows of each stratum: int64 [k].
+        safest: As in `_trade`.
         risk: float64 [n].
         strata: int64 [n].
-        room: Bound on the sum of the risks of the chosen.
+        bound: On the mean risk of the chosen.
     """
-    safest = best_first(-risk, torch.arange(len(risk)))
     grouped = safest[strata[safest].argsort(stable=True)]
     out = grouped[torch.isin(grouped, rows) & ~torch.isin(grouped, riskier)]
     into = grouped[torch.isin(grouped, riskier) & ~torch.isin(grouped, rows)]
     rise = risk[into] - risk[out]
-    rows, total = rows.clone(), risk[rows].sum().item()
+    rows, total = rows.clone(), exact_mean(risk[rows]) * len(rows)
     for pair in rise.argsort(stable=True).tolist():
         if rise[pair] <= 0:
             continue
         total += rise[pair].item()
-        if total > room + _TOLERANCE:
+        if total > (bound + _TOLERANCE) * len(rows):
             break
         rows[rows == out[pair]] = into[pair]
     return rows

@@ -1,0 +1,266 @@
+"""The laws that every method in SELECTORS keeps; a method is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors import SELECTORS
+from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "random": [{"stratify": "length", "bins": 4}],
+    "grads": [{"prefer": "proportional"}, {"prefer": "stratified", "bins": 3}, {"prefer": "magnitude", "novelty_weight": 0.0}],
+    "ogs-static": [
+        {"anchor": "both", "bound": 20.0},
+        {"bound_of": "mean", "bound": 40.0, "stratify": "length", "bins": 3, "center": True},
+        {"form": "filter", "drop": 30.0},
+        {"form": "filter", "draw": "diversity"},
+        {"form": "filter", "draw": "utility", "anchor": "plain", "center": True},
+    ],
+}
+CASES = [
+    pytest.param(name, method(**settings), id="-".join([name, *map(str, settings.values())]))
+    for name, method in SELECTORS.items()
+    for settings in [{}, *VARIANTS.get(name, [])]
+]
+every_method = pytest.mark.parametrize(("name", "method"), CASES)
+GRADIENT_COLUMNS = ("norm", "norm/*", "max/*", "min/*", "mean/*", "sd/*", "dot/*")
+
+
+def run(method: Selector, problem: Problem, budget: str = "25%", seed: int = 0) -> Selection:
+    return method.select(problem, Budget.parse(budget), torch.Generator().manual_seed(seed))
+
+
+def reads_gradients(method: Selector) -> bool:
+    return bool(method.needs - {"tokens", "completion_tokens", "loss"})
+
+
+def chosen_ids(selection: Selection, problem: Problem) -> list[str]:
+    return [problem.candidates.ids[row] for row in selection.rows.tolist()]
+
+
+def rebuilt(g: Gradients, rows: Sequence[int], ids: Sequence[str] | None = None, scale: float = 1.0) -> ArrayGradients:
+    """Returns these rows of g, repeated or reordered, renamed, or with all gradients scaled."""
+    index = torch.tensor(rows)
+    sketch = {c: g.rows(index, c) * scale for c in g.checkpoints}
+    columns = {
+        name: column[index] * (scale if any(fnmatchcase(name, p) for p in GRADIENT_COLUMNS) else 1)
+        for name, column in g.columns.items()
+    }
+    return ArrayGradients(ids or [g.ids[row] for row in rows], sketch, columns)
+
+
+class Reblocked:
+    """The same gradients in blocks of another size that come last row first."""
+
+    def __init__(self, inner: Gradients, size: int) -> None:
+        self.inner, self.size = inner, size
+        self.ids, self.dim, self.columns, self.checkpoints = inner.ids, inner.dim, inner.columns, inner.checkpoints
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.arange(len(self.ids)).flip(0).split(self.size):
+            yield rows, self.inner.rows(rows, checkpoint)
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        return self.inner.rows(index, checkpoint)
+
+
+@every_method
+def test_it_is_a_selector_and_says_what_it_is(name, method):
+    assert isinstance(method, Selector)
+    assert isinstance(method.needs, frozenset)
+    for fact in (method.reads, method.cost, method.source):
+        assert isinstance(fact, str)
+        assert fact
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.anything = 1
+
+
+@every_method
+def test_every_field_is_documented(name, method):
+    doc = type(method).__doc__
+    for field in dataclasses.fields(method):
+        assert re.search(rf"^        {field.name}: \S", doc.split("Attributes:")[1], re.MULTILINE), field.name
+
+
+@every_method
+@pytest.mark.parametrize("budget", ["1", "7", "25%", "400tok"])
+def test_the_selection_keeps_the_budget_and_is_well_formed(name, method, budget, make_problem):
+    problem = make_problem(28)
+    selection = run(method, problem, budget)
+    k, pool = len(selection.rows), problem.candidates
+    assert 1 <= k <= Budget.parse(budget).limit(pool)
+    if budget.endswith("tok"):
+        assert pool.columns["tokens"][selection.rows].sum() <= 400
+    elif k < Budget.parse(budget).limit(pool):
+        assert selection.notes
+    assert selection.rows.dtype == torch.int64
+    assert len(set(selection.rows.tolist())) == k
+    assert selection.rows.min() >= 0
+    assert selection.rows.max() < 28
+    assert selection.weights.shape == (k,)
+    assert selection.weights.isfinite().all()
+    assert (selection.weights >= 0).all()
+    assert selection.scores.shape == (28,)
+    assert selection.scores.dtype == selection.weights.dtype == torch.float64
+    assert selection.scores.isnan().all() or not selection.scores[selection.rows].isnan().any()
+
+
+@every_method
+def test_the_same_seed_gives_the_same_selection(name, method, make_problem):
+    problem = make_problem(30)
+    a, b = run(method, problem, seed=5), run(method, problem, seed=5)
+    assert torch.equal(a.rows, b.rows)
+    assert torch.equal(a.weights, b.weights)
+    assert torch.equal(a.scores.nan_to_num(-9), b.scores.nan_to_num(-9))
+    assert a.notes == b.notes
+
+
+@every_method
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_order_of_the_pool_does_not_matter_even_among_duplicates(name, method, seed, copies, make_problem):
+    problem = make_problem(36 // copies, seed=seed)
+    rows = list(range(36 // copies)) * copies
+    pool = rebuilt(problem.candidates, rows, [f"{(17 * i) % 36:02d}" for i in range(36)])
+    other = torch.randperm(36, generator=torch.Generator().manual_seed(seed)).tolist()
+    first = dataclasses.replace(problem, candidates=pool)
+    second = dataclasses.replace(problem, candidates=rebuilt(pool, other))
+    a, b = run(method, first), run(method, second)
+    assert chosen_ids(a, first) == chosen_ids(b, second)
+    assert torch.allclose(a.weights, b.weights, rtol=1e-9)
+    assert torch.allclose(a.scores[other], b.scores, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@every_method
+@pytest.mark.parametrize("size", [1, 5])
+def test_blocks_of_any_size_and_order_give_the_same_selection(name, method, size, make_problem):
+    problem = make_problem(33, checkpoints=2)
+    parts = {part: Reblocked(getattr(problem, part), size) for part in ("candidates", "targets", "anchors")}
+    a, b = run(method, problem), run(method, dataclasses.replace(problem, **parts))
+    assert torch.equal(a.rows, b.rows)
+    assert torch.allclose(a.weights, b.weights, rtol=1e-9)
+    assert torch.allclose(a.scores, b.scores, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@every_method
+def test_a_pool_of_one_can_be_chosen_from(name, method, make_problem):
+    assert run(method, make_problem(1), "1").rows.tolist() == [0]
+
+
+@every_method
+def test_a_budget_of_the_whole_pool_takes_it_or_says_why_not(name, method, make_problem):
+    selection = run(method, make_problem(12), "100%")
+    assert len(selection.rows) == 12 or selection.notes
+
+
+@every_method
+def test_scaling_all_gradients_changes_nothing(name, method, make_problem):
+    problem = make_problem(30)
+    scaled = {
+        p: rebuilt(g, range(len(g.ids)), scale=8.0) for p in ("candidates", "targets", "anchors") if (g := getattr(problem, p))
+    }
+    assert torch.equal(run(method, problem).rows, run(method, dataclasses.replace(problem, **scaled)).rows)
+
+
+@every_method
+def test_a_zero_gradient_is_refused_or_left_out_with_a_note(name, method, make_problem):
+    if not reads_gradients(method):
+        pytest.skip("reads no gradient")
+    problem = make_problem(20)
+    zeroed = [rebuilt(problem.candidates, [i], scale=0.0 if i in (3, 11) else 1.0) for i in range(20)]
+    sketch = torch.cat([part.rows(torch.tensor([0])) for part in zeroed])
+    columns = {c: torch.cat([part.columns[c] for part in zeroed]) for c in problem.candidates.columns}
+    problem = dataclasses.replace(problem, candidates=ArrayGradients(problem.candidates.ids, sketch, columns))
+    try:
+        selection = run(method, problem, "100%")
+    except InvalidArgument as error:
+        assert "zero" in str(error)  # noqa: PT017
+    else:
+        assert not {3, 11} & set(selection.rows.tolist())
+        assert any("zero" in note and problem.candidates.ids[3] in note for note in selection.notes)
+
+
+@every_method
+def test_a_pool_of_zero_gradients_is_refused(name, method, make_problem):
+    if not reads_gradients(method):
+        pytest.skip("reads no gradient")
+    problem = make_problem(5)
+    zeros = rebuilt(problem.candidates, range(5), scale=0.0)
+    with pytest.raises(InvalidArgument, match="zero"):
+        run(method, dataclasses.replace(problem, candidates=zeros), "2")
+
+
+def without(problem: Problem, need: str) -> Problem:
+    if need in ("targets", "anchors"):
+        return dataclasses.replace(problem, **{need: None})
+    pool = problem.candidates
+    sketch = torch.empty(len(pool.ids), 0) if need == "sketch" else pool.rows(torch.arange(len(pool.ids)))
+    columns = {c: v for c, v in pool.columns.items() if not fnmatchcase(c, need)}
+    return dataclasses.replace(problem, candidates=ArrayGradients(pool.ids, sketch, columns))
+
+
+@every_method
+def test_whatever_it_needs_and_does_not_get_is_named(name, method, make_problem):
+    for need in method.needs - {"navigator"}:
+        with pytest.raises(InvalidArgument, match=rf"^{name} needs .*got .*; \w"):
+            run(method, without(make_problem(10), need), "2")
+
+
+@every_method
+def test_a_token_budget_needs_tokens(name, method, make_problem):
+    with pytest.raises(InvalidArgument, match=f"^{name} needs the column 'tokens'"):
+        run(method, without(make_problem(10), "tokens"), "100tok")
+
+
+@every_method
+def test_a_needed_column_that_is_not_finite_is_refused(name, method, make_problem):
+    for need in method.needs:
+        problem = make_problem(10)
+        for column in (c for c in problem.candidates.columns if fnmatchcase(c, need)):
+            problem.candidates.columns[column][4] = torch.nan
+            with pytest.raises(InvalidArgument, match=re.escape(f"column '{column}' must be finite")):
+                run(method, problem, "2")
+            break
+
+
+@every_method
+def test_a_sketch_that_is_not_finite_is_refused(name, method, make_problem):
+    if "sketch" not in method.needs:
+        pytest.skip("reads no sketch")
+    problem = make_problem(10)
+    problem.candidates.sketch["base"][7, 2] = torch.inf
+    with pytest.raises(
+        InvalidArgument, match=f"sketch.*{problem.candidates.ids[7]}.*finite|finite.*{problem.candidates.ids[7]}"
+    ):
+        run(method, problem, "2")
+
+
+@every_method
+def test_the_problem_is_left_as_it_was(name, method, make_problem):
+    problem, untouched = make_problem(20), make_problem(20)
+    run(method, problem)
+    for part in ("candidates", "targets", "anchors"):
+        a, b = getattr(problem, part), getattr(untouched, part)
+        assert list(a.ids) == list(b.ids)
+        assert all(torch.equal(a.sketch[c], b.sketch[c]) for c in b.sketch)
+        assert a.columns.keys() == b.columns.keys()
+        assert all(torch.equal(a.columns[c], b.columns[c]) for c in b.columns)
+    assert problem.references == untouched.references
+
+
+@every_method
+def test_an_empty_pool_is_refused(name, method, make_problem):
+    problem = make_problem(4)
+    nothing = ArrayGradients([], torch.empty(0, 16), {c: torch.empty(0) for c in problem.candidates.columns})
+    with pytest.raises(InvalidArgument, match="at least one"):
+        run(method, dataclasses.replace(problem, candidates=nothing), "1")
