@@ -6,6 +6,7 @@ with the references [B, r].
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,7 @@ from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.gradients.statistics import Statistics
 
 PRODUCT_FLOATS = 1 << 23  # per-example products of one layer are made for as many examples at once as stay below this
+READERS = 4  # inputs remembered for sharing: with norms or adapters in between, q, k and v are this many layers apart
 MOMENTS = ("norm", "mean", "sd")
 EXTREMES = ("norm", "mean", "sd", "max", "min")
 SIGNALS = ("embedding", "lm_head")
@@ -79,7 +81,7 @@ class Tools:
     """What all batches share: projections, references, reused memory."""
 
     def __init__(
-        self, settings: EngineSettings, head: Head, embedding: nn.Module, sites: list[Site], references: References | None
+        self, settings: EngineSettings, head: Head, embedding: nn.Embedding, sites: list[Site], references: References | None
     ) -> None:
         self.settings = settings
         self.head = head
@@ -133,11 +135,32 @@ class _Input:
     """A layer's input a [B, T, d_in] and the work on it that layers reading the same tensor share."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor: Tensor | None = tensor
+        self.tensor = tensor
+        self.version = tensor._version
         self.name = name
         self.sharers = 1
         self.projected: Tensor | None = None
         self.gram: Tensor | None = None
+
+    def is_on(self, tensor: Tensor) -> bool:
+        """Says whether a tensor is this input: the same memory read in the same way."""
+        mine = self.tensor
+        return mine is tensor or (
+            mine.data_ptr() == tensor.data_ptr()
+            and mine.shape == tensor.shape
+            and mine.stride() == tensor.stride()
+            and mine.dtype == tensor.dtype
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of a watched layer; `gradient` arrives in the backward pass, if the loss depends on this call at all."""
+
+    module: nn.Module
+    sites: list[Site]
+    entry: _Input
+    gradient: Tensor | None = None
 
 
 class Accumulator:
@@ -146,6 +169,7 @@ class Accumulator:
     Attributes:
         groups: Statistics per group: "" is φ, then `embedding`, `lm_head`, then single parameters.
         backward_runs: True once forward is over.
+        counts: Completion tokens per example, float64 [B].
     """
 
     def __init__(self, tools: Tools, batch: Batch, mean: MeanGradient | None = None) -> None:
@@ -154,20 +178,19 @@ class Accumulator:
         self.backward_runs = False
         self.groups = {"": Statistics(B, sum(site.parameter.numel() for site in tools.sites), tools.device)}
         if tools.settings.signals and mean is None:
-            for name, module in zip(SIGNALS, (tools.embedding, tools.head.module), strict=True):
-                self.groups[name] = Statistics(B, module.weight.numel(), tools.device)
+            for name, weight in zip(SIGNALS, (tools.embedding.weight, tools.head.module.weight), strict=True):
+                self.groups[name] = Statistics(B, weight.numel(), tools.device)
         self._cells = torch.zeros(B, k, k, dtype=tools.dtype, device=tools.device)
         self._dots = torch.zeros(B, len(tools.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(B, dtype=torch.float64, device=tools.device)
-        self._counts = torch.zeros(B, dtype=torch.float64, device=tools.device)
-        self._inputs: dict[nn.Module, list[_Input]] = {}
-        self._outputs: dict[nn.Module, list[Tensor]] = {}
-        self._last: tuple[Tensor, _Input] | None = None
+        self.counts = torch.zeros(B, dtype=torch.float64, device=tools.device)
+        self._calls: dict[nn.Module, list[Call]] = {}
+        self._recent: deque[_Input] = deque(maxlen=READERS)
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
 
     def block(self) -> Block:
         """Returns the finished sketches and columns."""
-        columns = {"loss": self._loss, "completion_tokens": self._counts}
+        columns = {"loss": self._loss, "completion_tokens": self.counts}
         if self.tools.settings.norms:
             columns |= self.groups[""].columns(("norm",), "")
         for group, statistics in self.groups.items():
@@ -180,22 +203,24 @@ class Accumulator:
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def saw(self, module: nn.Module, sites: list[Site], tensor: Tensor) -> None:
-        """Keeps a layer's input. Layers in a row that read the same tensor (q, k, v; gate, up) share it."""
-        if self._last is not None and self._last[0] is tensor:
-            entry = self._last[1]
-            entry.sharers += 1
+    def saw(self, module: nn.Module, sites: list[Site], tensor: Tensor) -> Call:
+        """Keeps a layer's input. Layers close to each other that read the same tensor (q, k, v; gate, up) share it."""
+        entry = next((entry for entry in self._recent if entry.is_on(tensor)), None)
+        if entry is None:
+            entry = _Input(tensor.detach(), sites[0].name)
+            self._recent.append(entry)
         else:
-            entry = _Input(tensor, sites[0].name)
-            self._last = (tensor, entry)
-        self._inputs.setdefault(module, []).append(entry)
+            entry.sharers += 1
+        call = Call(module, sites, entry)
+        self._calls.setdefault(module, []).append(call)
+        return call
 
     # -- the head ----------------------------------------------------------------------------------------------------
 
     def head(self, hidden: Tensor, supervised: Supervised) -> Tensor:
         """Takes the loss and the head's own gradient; returns the loss's gradient at the hidden states [N, D]."""
         tools = self.tools
-        self._last = None
+        self._recent.clear()
         weight = tools.chosen("lm_head")
         bias = next((site for site in tools.sites if site.owner is tools.head.module and site.kind == "bias"), None)
 
@@ -219,8 +244,8 @@ class Accumulator:
             on_errors if weight is not None or bias is not None else None,
             (lambda z, h, errors: self._head_example(weight, z, h, errors)) if wants_example else None,
         )
-        self._counts += torch.bincount(supervised.example, minlength=len(self._loss))
-        self._loss.index_add_(0, supervised.example, nll.double()).div_(self._counts)
+        self.counts += torch.bincount(supervised.example, minlength=len(self._loss))
+        self._loss.index_add_(0, supervised.example, nll.double()).div_(self.counts)
         return gradient
 
     def _head_example(self, weight: Site | None, z: int, hidden: Tensor, errors: Errors) -> None:
@@ -260,19 +285,26 @@ class Accumulator:
 
     # -- the layers --------------------------------------------------------------------------------------------------
 
-    def receive(self, module: nn.Module, sites: list[Site], gradient: Tensor) -> None:
-        """Takes a layer's output gradient; once every call of the layer has its own, adds the layer to the sums."""
-        outputs = self._outputs.setdefault(module, [])
-        outputs.append(gradient)
-        inputs = self._inputs[module]
-        if len(outputs) < len(inputs):
-            return
-        entry, b = inputs[0], outputs[0]
-        if len(inputs) > 1:  # a shared module; backward meets its calls in the reverse order of forward
-            entry = _Input(torch.cat([i.tensor for i in inputs if i.tensor is not None], 1), sites[0].name)
-            b = torch.cat(outputs[::-1], 1)
-        del self._inputs[module], self._outputs[module]
-        assert entry.tensor is not None
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Takes a call's output gradient; once every call of the layer has its own, adds the layer to the sums."""
+        call.gradient = gradient
+        if all(other.gradient is not None for other in self._calls[call.module]):
+            self._add(self._calls.pop(call.module))
+
+    def finish(self) -> None:
+        """Adds the layers of which the loss depends on some calls only; the others' gradient is zero."""
+        for calls in self._calls.values():
+            if met := [call for call in calls if call.gradient is not None]:
+                self._add(met)
+        self._calls.clear()
+
+    def _add(self, calls: list[Call]) -> None:
+        module, sites = calls[0].module, calls[0].sites
+        inputs = [self._unchanged(call) for call in calls]
+        outputs = [call.gradient for call in calls if call.gradient is not None]
+        entry, b = calls[0].entry, outputs[0]
+        if len(calls) > 1:  # a module called twice: its gradient is the sum over both calls, as if T were longer
+            entry, b = _Input(torch.cat(inputs, 1), sites[0].name), torch.cat(outputs, 1)
         scales = [site for site in sites if site.kind == "scale"]
         if scales:
             gradients = layers.module_gradients(module, [site.name.rpartition(".")[2] for site in scales], entry.tensor, b)
@@ -289,7 +321,6 @@ class Accumulator:
     def _matrix(self, site: Site, entry: _Input, b: Tensor) -> None:
         """Adds a linear layer: G = Σ_t b_t a_tᵀ."""
         tools, (d_out, d_in) = self.tools, site.shape
-        assert entry.tensor is not None
         a, b = self._by_example(site, entry.tensor, d_in), self._by_example(site, b, d_out)
         if self.mean is not None:
             self.mean.tensors[site.name].addmm_(b.flatten(0, 1).T.to(tools.dtype), a.flatten(0, 1).to(tools.dtype))
@@ -374,6 +405,15 @@ class Accumulator:
             group.merge(own)
         for z, (e, h) in self._cross.items() if chosen is not None and end == "embedding" else ():
             self.groups[""].squares[z] += 2 * (e * (h @ b[z].T)).sum(dtype=torch.float64)
+
+    def _unchanged(self, call: Call) -> Tensor:
+        """Returns a call's input, having made sure that it is still what the layer read."""
+        if call.entry.tensor._version != call.entry.version:
+            raise ModelError(
+                f"the input of {call.sites[0].name} must stay as it is until the backward pass, got one that the model "
+                "overwrites in place; leave the layer out with --params re:PATTERN"
+            )
+        return call.entry.tensor
 
     def _by_example(self, site: Site, x: Tensor, width: int) -> Tensor:
         """Returns a layer's input or output gradient as [B, T, width]; some models flatten the first two."""

@@ -35,8 +35,13 @@ class MeanGradient:
         dtype = torch.promote_types(like.dtype, torch.float32)
         return cls({name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()})
 
-    def add_norms(self, squares: Tensor) -> None:
-        """Counts examples whose gradients were added, by their squared norms [B]."""
+    def add_norms(self, squares: Tensor, tokens: Tensor) -> None:
+        """Counts examples whose gradients were added, by their squared norms and completion tokens, [B] each."""
+        if not tokens.all():
+            without = int((tokens == 0).sum())
+            raise InvalidArgument(
+                f"every example of a reference set must have completion tokens, got {without} without; drop them"
+            )
         if not squares.isfinite().all():
             raise InvalidArgument(
                 "a reference set must have finite gradients only; drop the examples with infinite or NaN loss"

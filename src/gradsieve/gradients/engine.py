@@ -40,7 +40,8 @@ class GradientEngine:
         self.sites = choose_parameters(self.model, self.settings.params)
         self.head = Head(self.model)
         self._tools = Tools(self.settings, self.head, self.model.get_input_embeddings(), self.sites, references)
-        self._restore = self.model.training, [(p, p.requires_grad) for p in self.model.parameters()]
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._pass: Accumulator | None = None
 
@@ -67,9 +68,9 @@ class GradientEngine:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        training, needs_grad = self._restore
-        self.model.train(training)
-        for parameter, flag in needs_grad:
+        for module, training in self._modes:
+            module.training = training
+        for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
     def block(self, batch: Batch) -> Block:
@@ -85,7 +86,7 @@ class GradientEngine:
         mean = MeanGradient.zeros({self._tools.key(site): site.shape for site in self.sites}, self.head.module.weight)
         for batch in batches:
             state = self._run(Accumulator(self._tools, batch, mean))
-            mean.add_norms(state.groups[""].squares)
+            mean.add_norms(state.groups[""].squares, state.counts)
         return mean.finish()
 
     def _run(self, state: Accumulator) -> Accumulator:
@@ -102,6 +103,7 @@ class GradientEngine:
                 full[supervised.example, supervised.position] = gradient
                 state.backward_runs = True
                 torch.autograd.backward(hidden, full)
+            state.finish()
         finally:
             self._pass = None
         return state
@@ -112,6 +114,11 @@ class GradientEngine:
         with torch.no_grad():
             ours = self.head.logits(self.model.base_model(input_ids=ids, use_cache=False)[0][0])
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
+        if not theirs.isfinite().all():
+            raise ModelError(
+                f"{type(self.model).__name__} must give finite logits, got NaN or infinity for tokens 1 to 4; "
+                "its weights are damaged, or too large for its dtype"
+            )
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
             raise ModelError(
                 f"the output of {type(self.model).__name__} must be its LM head on the last hidden states, got logits that "
@@ -127,13 +134,18 @@ class GradientEngine:
         return watched
 
     def _forward_hook(self, sites: list[Site]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             state = self._pass
             if state is None or state.backward_runs:  # a recomputed forward of activation checkpointing
-                return
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            state.saw(module, sites, args[0])
-            output.register_hook(lambda gradient: state.receive(module, sites, gradient))
+                return None
+            rows = len(state.batch.input_ids)
+            watched = output
+            if not output.requires_grad:  # the lowest layers; cloned, because a leaf must not be overwritten in place
+                watched = output.requires_grad_(True).clone()
+            if len(output) == 1 < rows:  # learned positions, looked up once and broadcast: each example gets its own
+                watched = watched.expand(rows, *output.shape[1:])
+            call = state.saw(module, sites, args[0])
+            watched.register_hook(lambda gradient: state.receive(call, gradient))
+            return watched if watched is not output else None
 
         return hook

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Supervised:
                 for begin in range(start, end, most):
                     yield begin, min(begin + most, end), []
                 first = end
-            else:
+            elif end > start:
                 whole.append(z)
         if first < len(self.example):
             yield first, len(self.example), whole
@@ -79,8 +80,8 @@ class Head:
     checked against the model's own logits by `GradientEngine`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        module = model.get_output_embeddings()  # type: ignore[operator]
+    def __init__(self, model: Any) -> None:
+        module = model.get_output_embeddings()
         if not isinstance(module, nn.Linear):
             raise ModelError(
                 f"the model's output layer must be nn.Linear, got {type(module).__name__}; "
@@ -162,8 +163,8 @@ class Head:
         vocabulary = torch.arange(self.module.weight.shape[0], device=hidden.device)
 
         def errors(part: slice | Tensor) -> Tensor:
-            right = (supervised.target[span, None] == vocabulary[part]).nonzero(as_tuple=True)
-            return self._error(self.logits(hidden[span], part), log_totals[span], weight[span], right)
+            row, column = (supervised.target[span, None] == vocabulary[part]).nonzero(as_tuple=True)
+            return self._error(self.logits(hidden[span], part), log_totals[span], weight[span], (row, column))
 
         return errors
 

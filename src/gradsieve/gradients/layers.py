@@ -5,7 +5,7 @@ Every function here is plain algebra on tensors; which is called when is the eng
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,9 @@ def module_gradients(module: nn.Module, names: list[str], a: Tensor, b: Tensor) 
     parameters = {name: module.get_parameter(name).detach() for name in names}
 
     def one(x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        _, pull = vjp(lambda values: functional_call(module, values, (x,)), parameters)
-        return pull(gradient)[0]  # type: ignore[no-any-return]
+        pull: Any = vjp(lambda values: functional_call(module, values, (x,)), parameters)[1]
+        gradients: dict[str, Tensor] = pull(gradient)[0]
+        return gradients
 
     result = vmap(one)(a.detach(), b)
     return [result[name] for name in names]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class Site:
         return (columns, rows) if self.kind == "transposed" else (rows, columns)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """Returns the transformers model inside a PEFT wrapper, or the model itself."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
@@ -74,7 +74,7 @@ def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
     if spec == "auto":
         spec = "lora" if is_adapted(model) else "linear"
     sites = _sites(model)
-    chosen: dict[str, Site] = {}
+    chosen: dict[str, Site | str] = {}
     for term in (part.strip() for part in spec.split(",")):
         matches = _term(term, sites, model)
         found = {name: site for name, site in sites.items() if matches(name, site)}

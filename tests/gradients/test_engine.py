@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.gradients import head as head_file
+from gradsieve.gradients.accumulator import Batch, Block, EngineSettings
+from gradsieve.gradients.directions import References
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.sketch import SketchPlan
+
+LENGTHS = (14, 9, 11, 17)
+FULL: dict[str, Any] = {"layers": "extremes", "signals": True, "norms": True}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
+KEYS_AND_GATES = "re:layers.1.*(k_proj|gate_proj)"
+PARAMS = ("linear", "all", "last:1", "lm-head", "embedding", "vectors", KEYS_AND_GATES, "linear,embedding,lm-head")
+
+FAMILIES = ("llama", "llama-tied", "gpt2", "qwen2", "qwen3")
+CASES = [(f, spec) for f in FAMILIES for spec in PARAMS if (f, spec) != ("gpt2", KEYS_AND_GATES)]
+
+
+def chosen_names(model: nn.Module, spec: str) -> list[str]:
+    """What a specification means, said once more and without the code under test."""
+    ends = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+    vector = [name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 1]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    linear = [n for n in names if "norm" not in n and "ln_" not in n and "wpe" not in n and not n.endswith(ends)]
+    picked = {
+        "all": names,
+        "linear": linear,
+        "last:1": [n for n in linear if "layers.1." in n or ".h.1." in n],
+        "lm-head": ["lm_head.weight"],
+        "embedding": [n for n in names if n.endswith(ends[:2]) or "wpe" in n],
+        "vectors": vector,
+        KEYS_AND_GATES: [n for n in linear if "layers.1" in n and ("k_proj" in n or "gate_proj" in n)],
+        "linear,embedding,lm-head": [n for n in names if n in linear or n.endswith(ends) or "wpe" in n],
+        "lora": [n for n in names if "lora_" in n],
+    }
+    return picked[spec]
+
+
+def close(ours: Tensor | float, true: Tensor | float, scale: float, tolerance: float) -> bool:
+    error = torch.as_tensor(ours, dtype=torch.float64) - torch.as_tensor(true, dtype=torch.float64)
+    return bool(error.abs().max() <= tolerance * scale)
+
+
+def assert_same_statistics(columns: dict[str, Tensor], z: int, group: str, G: Tensor, tolerance: float) -> None:
+    """Norm, max and min to a relative error, mean and sd to one of the root mean square."""
+    rms = float(G.square().mean().sqrt())
+    for name, true, scale in (
+        ("norm", G.norm(), float(G.norm())),
+        ("mean", G.mean(), rms),
+        ("sd", G.std(correction=0), rms),
+        ("max", G.max(), float(G.abs().max())),
+        ("min", G.min(), float(G.abs().max())),
+    ):
+        ours = columns[f"{name}/{group}"][z]
+        assert close(ours, true, scale, tolerance), f"{name}/{group}: {ours} is not {true}"
+
+
+def assert_matches_loop(twin: Any, model: Any, spec: str, names: list[str], rows: list[Any], tolerance: float) -> Block:
+    """Everything a block holds, against one float64 backward per example."""
+    true, plan = twin.naive(model, rows), SketchPlan(256, seed=5)
+    halves = [[0, 1], [2, 3]]
+    engine_settings = EngineSettings(params=spec, sketch=plan, **FULL)
+    with GradientEngine(model, engine_settings) as engine:
+        assert [site.name for site in engine.sites] == names
+        means = {f"r{i}": engine.mean_gradient([twin.pad([rows[z] for z in half])]) for i, half in enumerate(halves)}
+    with GradientEngine(model, engine_settings, References.stack(means)) as engine:
+        block = engine.block(twin.pad(rows))
+    for z in range(len(rows)):
+        norm = true.norm(z, names)
+        assert close(block.columns["loss"][z], true.losses[z], true.losses[z], tolerance)
+        assert block.columns["completion_tokens"][z] == (rows[z].labels[1:] != -100).sum()
+        assert close(block.columns["norm"][z], norm, norm, tolerance)
+        assert close(block.sketch[z], true.sketch(z, names, plan), norm, max(tolerance, 1e-6))  # stored in float32
+        for end, name in zip(("embedding", "lm_head"), true.ends, strict=True):
+            assert_same_statistics(block.columns, z, end, true.gradients[z][name], tolerance)
+        for name in names:
+            if true.gradients[z][name].shape[1] > 1:
+                assert_same_statistics(block.columns, z, name, true.gradients[z][name], tolerance)
+        for i, half in enumerate(halves):
+            r = true.mean(names, half)
+            length = sum(float(g.square().sum()) for g in r.values()) ** 0.5
+            assert close(block.columns[f"dot/r{i}"][z], true.dot(z, r, names) / length, norm, tolerance)
+    return block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("family", "spec"), CASES)
+def test_everything_equals_one_float64_backward_per_example(twin: Any, family: str, spec: str, dtype: torch.dtype) -> None:
+    model = twin.model(family, dtype)
+    assert_matches_loop(twin, model, spec, chosen_names(model, spec), twin.rows(LENGTHS), TOLERANCE[dtype])
+
+
+def lora_model(twin: Any, family: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Adapters after random steps: at the start B is zero, and with it the gradient of A."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else "all-linear"
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets, fan_in_fan_out=family == "gpt2", **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for the old name
+        model = get_peft_model(twin.model(family, dtype), config)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=rng, dtype=dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_gradients_equal_the_loop(twin: Any, family: str, dtype: torch.dtype) -> None:
+    model = lora_model(twin, family, dtype)
+    base = model.get_base_model()
+    for spec in ("auto", "lora"):
+        assert_matches_loop(twin, base, spec, chosen_names(base, "lora"), twin.rows(LENGTHS), TOLERANCE[dtype])
+    with GradientEngine(model) as engine:  # the wrapper itself will do
+        assert {site.name for site in engine.sites} == set(chosen_names(base, "lora"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduction_scales_the_gradient_and_not_the_loss(twin: Any, reduction: Any) -> None:
+    model, rows = twin.model("llama"), twin.rows(LENGTHS)
+    true = twin.naive(model, rows, reduction)
+    with GradientEngine(model, EngineSettings(reduction=reduction)) as engine:
+        block = engine.block(twin.pad(rows))
+    names = chosen_names(model, "linear")
+    for z in range(len(rows)):
+        assert block.columns["norm"][z].item() == pytest.approx(true.norm(z, names), rel=1e-5)
+        assert block.columns["loss"][z].item() == pytest.approx(true.losses[z], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def open_engine(twin: Any) -> Iterator[tuple[GradientEngine, list[Any], Block]]:
+    """An engine that takes everything, a pool of rows, and each row's block on its own."""
+    model, rows = twin.model("llama-tied", torch.float64), twin.rows((5, 21, 8, 13, 3, 16))
+    options = EngineSettings(params="all", sketch=SketchPlan(64), **FULL)
+    with GradientEngine(model, options) as engine:
+        references = References.stack({"r": engine.mean_gradient([twin.pad(rows)])})
+    with GradientEngine(model, options, references) as engine:
+        single = [engine.block(twin.pad([row])) for row in rows]
+        columns = {name: torch.cat([block.columns[name] for block in single]) for name in single[0].columns}
+        yield engine, rows, Block(torch.cat([block.sketch for block in single]), columns)
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.lists(st.integers(0, 5), min_size=1, max_size=6), padding=st.integers(0, 9))
+def test_a_row_does_not_depend_on_its_batch_order_or_padding(
+    twin: Any, open_engine: tuple[GradientEngine, list[Any], Block], order: list[int], padding: int
+) -> None:
+    engine, rows, single = open_engine
+    batch = [rows[z] for z in order]
+    block = engine.block(twin.pad(batch, to=max(len(row.ids) for row in batch) + padding))
+    assert torch.allclose(block.sketch, single.sketch[order], rtol=1e-5, atol=1e-6)
+    assert set(block.columns) == set(single.columns)
+    for name, column in block.columns.items():
+        assert torch.allclose(column, single.columns[name][order], rtol=1e-9, atol=1e-10), name
+
+
+@pytest.mark.parametrize("positions", [1, 4, 7, 20])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_examples_longer_than_a_run_of_logits_are_exact(
+    twin: Any, family: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_file, "LOGIT_FLOATS", positions * twin.vocabulary)
+    monkeypatch.setattr(head_file, "TILE_FLOATS", 32 * 10)  # ten tokens of the vocabulary at a time
+    model = twin.model(family)
+    assert_matches_loop(twin, model, "all", chosen_names(model, "all"), twin.rows(LENGTHS), 1e-5)
+
+
+def test_products_are_made_in_pieces_where_a_layer_is_large(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsieve.gradients.accumulator.PRODUCT_FLOATS", 32 * 32 * 3)
+    model = twin.model("llama")
+    assert_matches_loop(twin, model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-5)
+
+
+def test_long_sequences_take_norms_from_products_and_short_ones_from_gram_matrices(twin: Any) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((60, 41))
+    true = twin.naive(model, rows)
+    with GradientEngine(model, EngineSettings(params="linear", layers="moments")) as engine:
+        for mine in ([0], [1], [0, 1]):
+            block = engine.block(twin.pad([rows[z] for z in mine]))
+            for at, z in enumerate(mine):
+                for name in chosen_names(model, "linear"):
+                    assert block.columns[f"norm/{name}"][at].item() == pytest.approx(
+                        true.gradients[z][name].norm().item(), rel=1e-9
+                    )
+
+
+def test_the_tied_norm_has_its_cross_term(twin: Any) -> None:
+    model, rows = twin.model("llama-tied", torch.float64), twin.rows(LENGTHS)
+    true = twin.naive(model, rows)
+    with GradientEngine(model, EngineSettings(params="embedding,lm-head")) as engine:
+        columns = engine.block(twin.pad(rows)).columns
+    for z in range(len(rows)):
+        E, H = (true.gradients[z][end] for end in true.ends)
+        assert columns["norm"][z].item() == pytest.approx((E + H).norm().item(), rel=1e-9)
+        assert abs((E * H).sum()) > 1e-3 * (E + H).square().sum()  # the term is there to be missed
+
+
+def test_sketches_are_unbiased_over_seeds(twin: Any) -> None:
+    model, rows = twin.model("llama-tied", torch.float64), twin.rows((6, 7))
+    names = chosen_names(model, "all")
+    true = twin.naive(model, rows)
+    g, h = (torch.cat([part.flatten() for part in true.merged(z, names).values()]) for z in (0, 1))
+    truth = torch.stack([g @ h, g @ g, h @ h])
+    samples = []
+    for seed in range(120):
+        with GradientEngine(model, EngineSettings("all", SketchPlan(16, seed), norms=False, signals=False)) as engine:
+            s, t = engine.block(twin.pad(rows)).sketch.double()
+        samples.append(torch.stack([s @ t, s @ s, t @ t]))
+    found = torch.stack(samples)
+    error = (found.mean(0) - truth) / (found.std(0) / math.sqrt(len(found)))
+    assert error.abs().max() < 4, f"{error} standard errors off"
+    assert found.std(0).max() > 0.1 * truth.abs().min()  # seeds do change the projection
+
+
+@pytest.mark.parametrize("dim", [64, 1024, 4096])
+def test_the_error_of_a_cosine_is_about_one_over_the_root_of_d(twin: Any, dim: int) -> None:
+    model, rows = twin.model("llama"), twin.rows([12] * 16)
+    names = chosen_names(model, "linear")
+    true = twin.naive(model, rows)
+    G = torch.stack([torch.cat([part.flatten() for part in true.merged(z, names).values()]) for z in range(16)])
+    exact = nn.functional.normalize(G) @ nn.functional.normalize(G).T
+    errors = []
+    for seed in range(8):
+        with GradientEngine(model, EngineSettings("linear", SketchPlan(dim, seed), norms=False, signals=False)) as engine:
+            s = nn.functional.normalize(engine.block(twin.pad(rows)).sketch.double())
+        errors.append((s @ s.T - exact)[~torch.eye(16, dtype=torch.bool)])
+    assert torch.cat(errors).square().mean().sqrt() < 1.6 / math.sqrt(dim)
+
+
+def test_threads_change_nothing_but_rounding(twin: Any) -> None:
+    model, rows = twin.model("llama"), twin.rows((40, 33, 58))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with GradientEngine(model, EngineSettings("all", **FULL)) as engine:
+                found.append(engine.block(twin.pad(rows)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found[0].sketch, found[1].sketch, rtol=1e-4, atol=1e-5)
+    assert all(
+        torch.allclose(found[0].columns[name], found[1].columns[name], rtol=1e-4, atol=1e-6) for name in found[0].columns
+    )
+
+
+@pytest.mark.parametrize("spec", ["linear", "all"])
+def test_a_mean_gradient_is_the_mean_of_the_loop_and_knows_its_noise(twin: Any, spec: str) -> None:
+    model, rows = twin.model("llama-tied", torch.float64), twin.rows((14, 9, 11, 17, 5))
+    names, true = chosen_names(model, spec), twin.naive(model, rows)
+    with GradientEngine(model, EngineSettings(params=spec)) as engine:
+        mean = engine.mean_gradient([twin.pad(rows[:3]), twin.pad(rows[3:])])
+    expected = true.mean(names)
+    assert set(mean.tensors) == set(expected)
+    for key, g in expected.items():
+        assert torch.allclose(mean.tensors[key], g, rtol=1e-9, atol=1e-12)
+    length = sum(float(g.square().sum()) for g in expected.values())
+    spread = [true.norm(z, names) ** 2 - 2 * true.dot(z, expected, names) + length for z in range(5)]
+    facts = mean.facts()
+    assert facts.count == 5
+    assert facts.norm == pytest.approx(length**0.5, rel=1e-9)
+    assert facts.signal_share == pytest.approx(1 - (sum(spread) / 4 / 5) / length, rel=1e-8)
+
+
+def test_a_contrast_is_a_difference_with_the_noise_of_both(twin: Any) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((14, 9, 11, 17))
+    with GradientEngine(model) as engine:
+        left, right = (engine.mean_gradient([twin.pad(part)]) for part in (rows[:2], rows[2:]))
+        contrast = left.minus(right)
+        noise = left.noise + right.noise
+        for key, tensor in contrast.tensors.items():
+            assert torch.equal(tensor, left.tensors[key] - right.tensors[key])
+        assert contrast.facts().count == 2
+        assert contrast.facts().signal_share == pytest.approx(1 - noise / contrast.squared_norm())
+        references = References.stack({"contrast": contrast, "left": left})
+    assert references.names == ("contrast", "left")
+    lengths = torch.stack([tensor.square().sum((1, 2)) for tensor in references.tensors.values()]).sum(0)
+    assert torch.allclose(lengths, torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fault", [None, "block", "forward"])
+def test_the_model_is_given_back_as_it_was(twin: Any, fault: str | None) -> None:
+    model = twin.model("llama").train()
+    model.model.layers[0].eval()
+    model.model.layers[1].requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    batch = twin.pad(twin.rows(LENGTHS))
+    try:
+        with GradientEngine(model, EngineSettings("all", **FULL)) as engine:
+            engine.block(batch)
+            if fault == "block":
+                raise KeyboardInterrupt
+            if fault == "forward":
+                engine.block(Batch(batch.input_ids + 10_000, batch.labels))
+    except (KeyboardInterrupt, IndexError):
+        assert fault
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_a_block_after_an_error_is_as_if_nothing_had_happened(twin: Any) -> None:
+    model, batch = twin.model("llama"), twin.pad(twin.rows(LENGTHS))
+    with GradientEngine(model, EngineSettings("all", **FULL)) as engine:
+        before = engine.block(batch)
+        with pytest.raises(IndexError):
+            engine.block(Batch(batch.input_ids + 10_000, batch.labels))
+        after = engine.block(batch)
+    assert torch.equal(before.sketch, after.sketch)
+
+
+def test_an_example_without_supervised_tokens_is_nan_and_harms_no_other(twin: Any) -> None:
+    model, rows = twin.model("llama"), twin.rows((9, 12))
+    empty = type(rows[0])(rows[0].ids, torch.full_like(rows[0].labels, -100))
+    with GradientEngine(model, EngineSettings("all", **FULL)) as engine:
+        block, alone = engine.block(twin.pad([empty, rows[1]])), engine.block(twin.pad([rows[1]]))
+        nothing = engine.block(twin.pad([empty]))
+        with pytest.raises(InvalidArgument, match="completion tokens"):
+            engine.mean_gradient([twin.pad([empty, rows[1]])])
+    assert block.columns["loss"][0].isnan()
+    assert nothing.columns["loss"].isnan().all()
+    assert block.columns["completion_tokens"].tolist() == [0.0, float((rows[1].labels[1:] != -100).sum())]
+    for name, column in block.columns.items():
+        assert torch.allclose(column[1], alone.columns[name][0], rtol=1e-4, atol=1e-6), name
+    assert torch.allclose(block.sketch[1], alone.sketch[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_non_finite_gradient_shows_in_its_row_and_in_no_other(twin: Any) -> None:
+    model, rows = twin.model("llama"), twin.rows((9, 12))
+    rows[0].ids[4] = poison = 0  # no drawn token
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = torch.inf
+    with GradientEngine(model) as engine:
+        block = engine.block(twin.pad(rows))
+        with pytest.raises(InvalidArgument, match="finite"):
+            engine.mean_gradient([twin.pad(rows)])
+    assert not block.columns["norm"][0].isfinite()
+    assert not block.sketch[0].isfinite().all()
+    assert block.sketch[1].isfinite().all()
+    assert block.columns["norm"][1].isfinite()
+
+
+class Odd(nn.Module):
+    """A layer with a weight and no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(32))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.mix
+
+
+def test_a_parameter_without_a_rule_is_named_and_can_be_left_out(twin: Any) -> None:
+    model = twin.model("llama")
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU())
+    model.model.layers[0].post_attention_layernorm = Odd()
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.post_attention_layernorm\.mix .*--params"):
+        GradientEngine(model, EngineSettings("all"))
+    with GradientEngine(model, EngineSettings("re:q_proj")) as engine:
+        assert len(engine.sites) == 2
+
+
+def test_a_head_that_does_more_than_a_product_is_refused(twin: Any) -> None:
+    model = twin.model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 3)
+    with pytest.raises(ModelError, match="output of LlamaForCausalLM"), GradientEngine(model):
+        pass
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_backward_stops_below_the_lowest_chosen_layer(twin: Any) -> None:
+    model, batch = twin.model("llama"), twin.pad(twin.rows(LENGTHS))
+    reached = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: reached.append(output.requires_grad))
+    with GradientEngine(model, EngineSettings("last:1", signals=False)) as engine:
+        engine.block(batch)
+    with GradientEngine(model, EngineSettings("linear", signals=False)) as engine:
+        engine.block(batch)
+    assert reached[-1] is True
+    assert reached[-2] is False or reached[1] is False

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.gradients.sketch import SketchPlan
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+@given(dim=st.integers(16, 65536))
+def test_the_cells_hold_at_least_d_numbers_and_little_more_above_4096(dim: int) -> None:
+    side = SketchPlan(dim).side
+    assert side % 16 == 0
+    assert side**2 >= dim
+    assert side == 64 if dim <= 4096 else (side - 16) ** 2 < dim
+
+
+@pytest.mark.parametrize("dim", [15, 0, -1, 65537])
+def test_a_size_out_of_range_is_refused(dim: int) -> None:
+    with pytest.raises(InvalidArgument, match=rf"dim must lie in \[16, 65536\], got {dim}"):
+        SketchPlan(dim)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10), name=st.text(min_size=1, max_size=8), size=st.integers(1, 70))
+def test_projections_are_signs_over_the_root_of_k_and_follow_from_seed_and_name(seed: int, name: str, size: int) -> None:
+    P = SketchPlan(1024, seed).projection(name, size)
+    assert P.shape == (size, 64)
+    assert torch.equal(P.abs(), torch.full_like(P, 1 / 8))
+    assert torch.equal(P, SketchPlan(4096, seed).projection(name, size))
+    assert not torch.equal(P, SketchPlan(1024, seed + 1).projection(name, size))
+    assert not torch.equal(P, SketchPlan(1024, seed).projection(name + "'", size))
+
+
+def test_rows_of_a_projection_are_nearly_orthogonal_and_signs_balanced() -> None:
+    P = SketchPlan(4096).projection("layer", 2000)
+    assert abs(P.sum().item() * 8 / P.numel() ** 0.5) < 4
+    gram = P @ P.T
+    off = gram[~torch.eye(2000, dtype=torch.bool)]
+    assert off.mean().abs() < 1e-3
+    assert off.square().mean().sqrt().item() == pytest.approx(1 / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("dim", [16, 100, 1024, 4096, 5000])
+def test_the_fold_uses_every_cell_once_in_buckets_of_one_size(dim: int) -> None:
+    plan = SketchPlan(dim)
+    order, sign = plan.fold()
+    cells = plan.side**2
+    assert len(order) == len(sign) == math.ceil(cells / dim) * dim
+    assert torch.equal(order[order < cells].sort().values, torch.arange(cells))
+    assert (order[order >= cells] == cells).all()
+    assert torch.equal(sign.abs(), torch.ones(len(sign)))
+
+
+def test_the_fold_and_the_vector_sketch_keep_inner_products_in_the_mean() -> None:
+    rng = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 4096, generator=rng, dtype=torch.float64)
+    v += 0.1 * u
+    folded, hashed = [], []
+    for seed in range(150):
+        plan = SketchPlan(64, seed)
+        order, sign = plan.fold()
+        folded.append(torch.dot(*((x[order] * sign).view(64, -1).sum(1) for x in (u, v))))
+        cell, sign = plan.vector_buckets("bias", 300)
+        parts = [torch.zeros(4096, dtype=torch.float64).index_add_(0, cell, x[:300] * sign) for x in (u, v)]
+        hashed.append(torch.dot(*parts))
+    for samples, truth in ((torch.stack(folded), u @ v), (torch.stack(hashed), u[:300] @ v[:300])):
+        assert abs(samples.mean() - truth) < 4 * samples.std() / math.sqrt(150)
+
+
+def test_signs_are_the_same_on_every_machine() -> None:
+    # A store of one machine must be readable beside that of another; if these change, stores lose their meaning.
+    plan = SketchPlan(1024, seed=3)
+    order, sign = plan.fold()
+    cell, bucket_sign = plan.vector_buckets("norm", 100)
+    found = [digest(part) for part in (plan.projection("q_proj/in", 576), order, sign, cell, bucket_sign)]
+    assert found == EXPECTED
+
+
+EXPECTED = ["cb85771cd7a23bef", "da838b7859b704dc", "1f5572c699d704b8", "00c2291bd2285373", "77f5a67f4c71b8cd"]
+
+
+def test_another_process_draws_the_same_signs() -> None:
+    code = (
+        "from gradsieve.gradients.sketch import SketchPlan; import hashlib;"
+        "print(hashlib.sha256(SketchPlan(64, 7).projection('x', 33).numpy().tobytes()).hexdigest()[:16])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == digest(SketchPlan(64, 7).projection("x", 33))
