@@ -1,0 +1,348 @@
+"""The command line: parse, call, print. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+USAGE = """gradsieve chooses the fine-tuning examples that teach a language model a domain without making it forget.
+
+  gradsieve demo                      the main job on a built-in model and medical pool, on a CPU, in minutes
+  gradsieve select METHOD …           choose examples: --model M --pool pool.jsonl --budget 5% --out DIR
+  gradsieve methods                   what each method reads, picks by and costs
+  gradsieve extract …                 take gradients into a store, without choosing yet
+  gradsieve store info|verify DIR     what a store holds; check every byte of it
+  gradsieve replay RUN/run.json       do a run again and compare
+
+`gradsieve COMMAND --help` lists a command's options. Documentation: docs/ in the repository."""
+
+
+def main() -> None:
+    """Entry point of the `gradsieve` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status: 0, 2 (the user can mend it), 130 (interrupted)."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from gradsieve import __version__
+
+        print(f"gradsieve {__version__}")
+        return 0
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in COMMANDS:
+        return _fail(f"command must be one of {', '.join(COMMANDS)}, got {name!r}; see gradsieve --help")
+    from gradsieve.errors import GradsieveError
+
+    try:
+        return COMMANDS[name](rest)
+    except GradsieveError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished shards are kept: run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _fail(message: str) -> int:
+    print(f"gradsieve: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.demo.run import Demo
+
+    demo = tyro.cli(Demo, prog="gradsieve demo", args=arguments, config=_tyro_config())
+    with _terminal() as terminal:
+        result = demo.go(terminal.progress)
+    _print_result(result, Path(demo.out), demo_table=True)
+    return 0
+
+
+def _select(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.pipeline import method_class, select
+
+    name, flags = _method_name(_with_config(arguments))
+    kind = method_class(name)
+    parsed = tyro.cli(_select_command(kind), prog=f"gradsieve select {name}", args=flags, config=_tyro_config())
+    job, out = parsed.job, parsed.out
+    with _terminal() as terminal:
+        fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
+        result = select(name, settings=dataclasses.asdict(parsed.method), out=out, progress=terminal.progress, **fields)
+    _print_result(result, Path(out))
+    return 0
+
+
+def _extract(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.pipeline import Job, extract
+
+    job = tyro.cli(Job, prog="gradsieve extract", args=_with_config(arguments), config=_tyro_config())
+    with _terminal() as terminal:
+        problem = extract(job, terminal.progress)
+    print(f"{len(problem.candidates.ids)} examples x {problem.candidates.dim} numbers in {job.store}")
+    return 0
+
+
+def _methods(arguments: list[str]) -> int:
+    if arguments:
+        return _fail(f"methods must stand alone, got {' '.join(arguments)}")
+    from rich.table import Table
+
+    from gradsieve.selectors import SELECTORS
+
+    table = Table("method", "reads", "cost", "source", box=None, header_style="bold", pad_edge=False)
+    for name, kind in SELECTORS.items():
+        table.add_row(name, *(str(getattr(kind, column, "")) for column in ("reads", "cost", "source")))
+    _console().print(table, highlight=False)
+    return 0
+
+
+def _store(arguments: list[str]) -> int:
+    if len(arguments) != 2 or arguments[0] not in ("info", "verify"):
+        return _fail("store must be followed by info or verify and a folder, got " + (" ".join(arguments) or "nothing"))
+    from gradsieve.store import GradientStore
+
+    verb, folders = arguments[0], _store_folders(Path(arguments[1]))
+    broken = 0
+    for folder in folders:
+        store = GradientStore.open(folder)
+        units = store.units()
+        there = [unit for unit in units if store.shard(unit.number).exists()]
+        size = sum(store.shard(unit.number).stat().st_size for unit in there)
+        rows = sum(len(unit.keys) for unit in there)
+        line = f"{folder}: {rows} rows in {len(there)} of {len(units)} shards, {size / 2**20:.1f} MiB"
+        print(f"{line}, fingerprint {store.manifest.fingerprint}")
+        if verb == "info":
+            for key, value in sorted(store.manifest.settings.items()):
+                print(f"  {key}: {value}")
+            continue
+        problems = store.verify()
+        broken += len(problems)
+        for problem in problems:
+            print(f"  {problem}")
+    if verb == "verify" and not broken:
+        print("every byte is as it was written")
+    return 2 if broken else 0
+
+
+def _replay(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.outputs import replay
+
+    def command(run: tyro.conf.Positional[Path], /, out: Path | None = None) -> tuple[Path, Path]:
+        """Do a recorded selection again and compare it row by row.
+
+        Args:
+            run: The run.json of a selection.
+            out: Folder for the second run; `replay` beside the record by default.
+        """
+        return run, out or run.parent / "replay"
+
+    run, out = tyro.cli(command, prog="gradsieve replay", args=arguments, config=_tyro_config())
+    with _terminal() as terminal:
+        result = replay(run, out, terminal.progress)
+    print(f"the same {len(result.examples)} examples in the same order; the second run is in {out}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "select": _select,
+    "methods": _methods,
+    "extract": _extract,
+    "store": _store,
+    "replay": _replay,
+}
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def _tyro_config() -> tuple[Any, ...]:
+    import tyro
+
+    return (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+
+
+def _names() -> Sequence[str]:
+    from gradsieve.selectors import SELECTORS
+
+    return list(SELECTORS)
+
+
+def _method_name(arguments: list[str]) -> tuple[str, list[str]]:
+    from gradsieve.errors import InvalidArgument
+
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: gradsieve select METHOD [options]\n\nMETHOD: {', '.join(_names())}, or package.module:Class")
+        print("`gradsieve select METHOD --help` lists the options of a method; `gradsieve methods` describes them.")
+        raise SystemExit(0)
+    raise InvalidArgument(f"select must be followed by a method, got none; one of {', '.join(_names())}")
+
+
+def _select_command(kind: type) -> type:
+    """Makes the dataclass whose fields are the flags: the job's, the method's, and --out."""
+    import tyro
+
+    from gradsieve.pipeline import Job
+
+    clash = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(Job)}
+    if clash:
+        raise AssertionError(f"{kind.__name__} has fields that are flags of every method: {clash}")
+    command = dataclasses.make_dataclass(
+        "Select",
+        [
+            ("job", Annotated[Job, tyro.conf.arg(name="")]),
+            ("method", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
+            ("out", Annotated[str, tyro.conf.arg(help="Folder for the results.")], dataclasses.field(default="gradsieve-out")),
+        ],
+        frozen=True,
+    )
+    command.__doc__ = kind.__doc__.partition("Attributes:")[0] if kind.__doc__ else ""
+    return command
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """Puts the keys of `--config FILE.yaml` before the other flags, which win; `method` becomes the first word."""
+    from gradsieve.errors import DataError, InvalidArgument
+
+    if "--config" not in arguments:
+        return arguments
+    at = arguments.index("--config")
+    if at + 1 == len(arguments):
+        raise InvalidArgument("--config must be followed by a YAML file, got nothing")
+    import yaml
+
+    path, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: must be a readable YAML file, got {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold `flag: value` lines, got {type(content).__name__}")
+    method = [str(content.pop("method"))] if "method" in content else []
+    if rest and not rest[0].startswith("-"):
+        method, rest = rest[:1], rest[1:]
+    given = {word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("--")}
+    flags: list[str] = []
+    for key, value in content.items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag not in given:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return method + flags + rest
+
+
+def _store_folders(folder: Path) -> list[Path]:
+    """A store itself, or the stores of pool, target and anchor in it."""
+    if (folder / "store.json").exists():
+        return [folder]
+    inside = sorted(path.parent for path in folder.glob("*/store.json"))
+    return inside or [folder]
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+
+
+class _terminal:
+    """Progress bars with the time left, on standard error; plain lines every ten seconds where that is no terminal."""
+
+    def __enter__(self) -> _terminal:
+        import logging
+
+        from rich.console import Console
+        from rich.logging import RichHandler
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        logging.basicConfig(
+            level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        )
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._plain = not console.is_terminal
+        self._said: dict[str, tuple[float, float]] = {}
+        self._bars.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bars.__exit__(*error)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Shows how far a stage is."""
+        if self._plain:
+            self._say(stage, done, total)
+        elif stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, completed=done)
+        else:
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def _say(self, stage: str, done: int, total: int) -> None:
+        import time
+
+        now = time.monotonic()
+        start, last = self._said.setdefault(stage, (now, 0.0))
+        if done < total and now - last < 10:
+            return
+        self._said[stage] = start, now
+        left = f", {(now - start) / done * (total - done):.0f} s left" if 0 < done < total and now > start else ""
+        print(f"{stage}: {done}/{total} tokens{left}", file=sys.stderr, flush=True)
+
+
+def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
+    console = _console()
+    selection = result.selection
+    for note in (*result.notes, *selection.notes):
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    if demo_table:
+        from gradsieve.demo.run import kinds_table
+
+        console.print(kinds_table(result))
+    from rich.table import Table
+
+    stages = Table("stage", "seconds", "processor seconds", box=None, header_style="bold", pad_edge=False)
+    for cost in result.clock.costs:
+        stages.add_row(cost.stage, f"{cost.wall_seconds:.1f}", f"{cost.cpu_seconds:.1f}")
+    console.print(stages, highlight=False)
+    n = len(result.pool.ids)
+    left_out = f", {len(result.excluded)} could not be used" if result.excluded else ""
+    console.print(f"{result.method[0]} chose {len(selection.rows)} of {n} examples{left_out}.", markup=False, highlight=False)
+    console.print(f"Train on {out / 'selected.jsonl'}; look at {out / 'report.html'}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

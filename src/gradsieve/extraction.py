@@ -1,0 +1,317 @@
+"""Examples to gradients in a store: token sets, reference directions, and the units that are still missing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from gradsieve.clock import Progress, silent
+from gradsieve.data import IGNORE, Excluded, Tokens, tokenize
+from gradsieve.data.batches import batches, pad, plan_units
+from gradsieve.data.corrupt import How, corrupt
+from gradsieve.errors import InvalidArgument, StoreError
+from gradsieve.gradients.accumulator import Batch, EngineSettings
+from gradsieve.gradients.directions import MeanGradient, References
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.models import ModelSource, tokenizer_hash
+from gradsieve.store import GradientStore, Manifest, Unit
+from gradsieve.store.manifest import write_atomically
+from gradsieve.types import Example, Reference
+
+log = logging.getLogger(__name__)
+
+ENGINE_VERSION = 1  # raised whenever the numbers of a row change
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """A set of examples as the model will see them.
+
+    Attributes:
+        name: Its role: `pool`, `target`, `anchor`, …
+        examples: All of them, as read.
+        kept: Positions of the usable ones.
+        tokens: Tokens and labels of the usable ones.
+        keys: Hash of tokens and labels of each usable one, 16 bytes: examples with equal keys have equal gradients.
+        excluded: The others, with the reason.
+        notes: What the user should know about the template.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    kept: list[int]
+    tokens: list[Tokens]
+    keys: list[bytes]
+    excluded: list[Excluded]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, examples: Sequence[Example], tokenizer: Any, *, max_length: int, chat_template: str | None = None
+    ) -> TokenSet:
+        """Returns the examples tokenised with the model's template and a loss on assistant turns only."""
+        done = tokenize(examples, tokenizer, max_length=max_length, chat_template=chat_template)
+        keys = [_key(tokens) for tokens in done.tokens]
+        return cls(name, examples, done.kept, done.tokens, keys, done.excluded, done.notes)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the usable examples."""
+        return [self.examples[i].id for i in self.kept]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per usable example."""
+        return [len(tokens.input_ids) for tokens in self.tokens]
+
+    def require_usable(self, least: int = 1) -> None:
+        """Raises InvalidArgument unless at least `least` examples are usable."""
+        if len(self.kept) < least:
+            why = f"; the first: {self.excluded[0].reason}" if self.excluded else ""
+            raise InvalidArgument(f"{self.name} must hold at least {least} usable examples, got {len(self.kept)}{why}")
+
+    def restricted(self, name: str, positions: Sequence[int]) -> TokenSet:
+        """Returns the usable examples at `positions` (into `kept`) as a set of their own."""
+        return TokenSet(
+            name,
+            self.examples,
+            [self.kept[i] for i in positions],
+            [self.tokens[i] for i in positions],
+            [self.keys[i] for i in positions],
+            [],
+        )
+
+    def digest(self) -> str:
+        """Returns a hash of the set, whatever its order."""
+        return xxhash.xxh3_128_hexdigest(b"".join(sorted(self.keys)))
+
+
+def _key(tokens: Tokens) -> bytes:
+    ids, labels = np.asarray(tokens.input_ids, np.int32), np.asarray(tokens.labels, np.int32)
+    return xxhash.xxh3_128_digest(ids.tobytes() + labels.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """How gradients are computed.
+
+    Attributes:
+        engine: What is taken from each example.
+        dtype: Compute type.
+        device: Where.
+        max_length: Tokens per example, the rest is cut off at the end.
+        batch_tokens: Padded tokens in one batch.
+        unit_tokens: Tokens in one shard.
+    """
+
+    engine: EngineSettings
+    dtype: torch.dtype
+    device: str
+    max_length: int
+    batch_tokens: int = 1024
+    unit_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "unit_tokens", "max_length"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Right examples and wrong copies of the same prompts (OGS-10)."""
+
+    right: TokenSet
+    wrong: TokenSet
+    how: str
+
+
+def contrast(
+    examples: Sequence[Example],
+    name: str,
+    model: ModelSource,
+    compute: ComputeSettings,
+    how: How,
+    seed: int,
+    template: str | None,
+) -> tuple[Contrast, str | None]:
+    """Returns the contrast of a set with its built-in corruption, and a note where some examples had to be left out."""
+    corruption = corrupt(examples, how, seed=seed)
+    sides = (
+        [
+            TokenSet.of(name, side, model.tokenizer, max_length=compute.max_length, chat_template=template)
+            for side in zip(*corruption.pairs, strict=True)
+        ]
+        if corruption.pairs
+        else []
+    )
+    if not sides:
+        raise InvalidArgument(
+            f"{name} must have answers that {corruption.how!r} can corrupt, got none; choose another --corruption"
+        )
+    both = sorted(set(sides[0].kept) & set(sides[1].kept))
+    right, wrong = (side.restricted(name, [side.kept.index(i) for i in both]) for side in sides)
+    right.require_usable(2)
+    left_out = len(examples) - len(both)
+    note = (
+        f"{left_out} of {len(examples)} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
+    )
+    return Contrast(right, wrong, corruption.how), note if left_out else None
+
+
+def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, TokenSet | Contrast]) -> Manifest:
+    """Returns what a store's rows depend on beside the examples."""
+    engine = compute.engine
+    return Manifest(
+        {
+            "model": model.weights,
+            "tokenizer": tokenizer_hash(model.tokenizer),
+            "engine": ENGINE_VERSION,
+            "params": engine.params,
+            "reduction": engine.reduction,
+            "sketch": {"dim": engine.sketch.dim, "seed": engine.sketch.seed},
+            "columns": {"norms": engine.norms, "signals": engine.signals, "layers": engine.layers},
+            "dtype": str(compute.dtype).removeprefix("torch."),
+            "max_length": compute.max_length,
+            "batch_tokens": compute.batch_tokens,
+            "references": {name: _reference_digest(source) for name, source in sorted(references.items())},
+        }
+    )
+
+
+def _reference_digest(source: TokenSet | Contrast) -> str:
+    if isinstance(source, TokenSet):
+        return source.digest()
+    return f"{source.right.digest()} against {source.wrong.digest()}"
+
+
+def reusable(directory: Path, wanted: Manifest) -> Manifest:
+    """Returns the manifest to open a store with: its own where it only has *more* references than wanted."""
+    try:
+        there = Manifest.read(directory)
+    except StoreError:
+        return wanted
+    kept = {name: there.settings["references"].get(name) for name in wanted.settings["references"]}
+    same = Manifest({**there.settings, "references": kept}).fingerprint == wanted.fingerprint
+    return there if same else wanted
+
+
+def token_batches(tokens: Sequence[Tokens], batch_tokens: int, device: str) -> Iterator[tuple[Batch, int]]:
+    """Yields batches of examples that stand longest first, each with its number of tokens without padding."""
+    lengths = [len(t.input_ids) for t in tokens]
+    for run in batches(lengths, batch_tokens):
+        ids, labels = pad([t.input_ids for t in tokens[run]], 0), pad([t.labels for t in tokens[run]], IGNORE)
+        yield Batch(ids.to(device), labels.to(device)), sum(lengths[run])
+
+
+def measure_references(
+    model: torch.nn.Module,
+    compute: ComputeSettings,
+    sources: Mapping[str, TokenSet | Contrast],
+    progress: Progress = silent,
+) -> References:
+    """Returns the unit directions of mean gradients (OGS-1) and contrasts (OGS-10); a set is measured once."""
+    sets = {side.digest(): side for source in sources.values() for side in _sides(source)}
+    uses = dict.fromkeys(sets, 0)
+    for source in sources.values():
+        for side in _sides(source):
+            uses[side.digest()] += 1
+    total, done = sum(sum(side.lengths) for side in sets.values()), 0
+    measured: dict[str, MeanGradient] = {}
+    means: dict[str, MeanGradient] = {}
+
+    def mean(side: TokenSet, engine: GradientEngine) -> MeanGradient:
+        nonlocal done
+        digest = side.digest()
+        if digest not in measured:
+            order = plan_units(side.lengths, side.keys, sum(side.lengths) + 1)[0]
+
+            def counted() -> Iterator[Batch]:
+                nonlocal done
+                ordered = [side.tokens[i] for i in order]
+                for batch, count in token_batches(ordered, compute.batch_tokens, compute.device):
+                    yield batch
+                    done += count
+                    progress("references", done, total)
+
+            measured[digest] = engine.mean_gradient(counted())
+        uses[digest] -= 1
+        return measured[digest] if uses[digest] else measured.pop(digest)
+
+    with GradientEngine(model, compute.engine) as engine:
+        for name, source in sources.items():
+            if isinstance(source, TokenSet):
+                means[name] = mean(source, engine)
+            else:
+                means[name] = mean(source.right, engine).minus(mean(source.wrong, engine))
+    return References.stack(means)
+
+
+def _sides(source: TokenSet | Contrast) -> tuple[TokenSet, ...]:
+    return (source,) if isinstance(source, TokenSet) else (source.right, source.wrong)
+
+
+def fill(
+    store: GradientStore,
+    examples: TokenSet,
+    pending: Sequence[Unit],
+    engine: GradientEngine,
+    compute: ComputeSettings,
+    progress: Progress = silent,
+) -> int:
+    """Computes and commits the pending units; returns the bytes written. A kill loses the unit at work and no other.
+
+    Raises:
+        StoreError: A unit holds examples of another, unfinished run.
+    """
+    tokens = dict(zip(examples.keys, examples.tokens, strict=True))
+    for unit in pending:
+        if any(key not in tokens for key in unit.keys):
+            raise StoreError(
+                f"store {store.directory} must be finished with the examples it was begun with, got unit {unit.number} with "
+                f"others than {examples.name}'s; run that command again first, or choose another --store"
+            )
+    cost = {key: len(t.input_ids) for key, t in tokens.items()}
+    total, done, written = sum(cost[key] for unit in pending for key in unit.keys), 0, 0
+    stage = f"gradients of the {examples.name}"
+    for unit in pending:
+        blocks = []
+        for batch, count in token_batches([tokens[key] for key in unit.keys], compute.batch_tokens, compute.device):
+            blocks.append(engine.block(batch))
+            done += count
+            progress(stage, done, total)
+        columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+        store.commit(unit, {"base": torch.cat([block.sketch for block in blocks])}, columns)
+        written += store.shard(unit.number).stat().st_size
+    return written
+
+
+def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> list[Unit]:
+    """Returns the units that the examples need, longest examples first."""
+    lengths = examples.lengths
+
+    def cut(positions: list[int]) -> list[list[int]]:
+        units = plan_units([lengths[i] for i in positions], [examples.keys[i] for i in positions], compute.unit_tokens)
+        return [[positions[i] for i in unit] for unit in units]
+
+    return store.plan(examples.keys, cut)
+
+
+def write_facts(store: GradientStore, facts: Mapping[str, Reference]) -> None:
+    """Keeps what is known about the references beside the rows that were multiplied with them."""
+    content = {name: {"norm": f.norm, "count": f.count, "signal_share": f.signal_share} for name, f in facts.items()}
+    write_atomically(store.directory / "references.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def read_facts(store: GradientStore) -> dict[str, Reference]:
+    """Returns the facts of `write_facts`, empty where there are none."""
+    path = store.directory / "references.json"
+    return {name: Reference(**fact) for name, fact in json.loads(path.read_bytes()).items()} if path.exists() else {}

@@ -1,0 +1,203 @@
+"""Find, load and identify models: a local folder, a hub id, `demo`, or a model object already in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from gradsieve.errors import InvalidArgument, ModelError
+
+log = logging.getLogger(__name__)
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSource:
+    """A model that can be loaded, known by what it is made of.
+
+    Attributes:
+        name: As the user gave it.
+        folder: Where its files are; None for a model object.
+        tokenizer: Its tokenizer.
+        weights: Hash of its weights and configuration, 32 hex digits.
+        live: The model object, where the user gave one.
+    """
+
+    name: str
+    folder: Path | None
+    tokenizer: Any
+    weights: str
+    live: torch.nn.Module | None = None
+
+    def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        """Returns the model, in eval mode.
+
+        Raises:
+            ModelError: transformers or PEFT cannot load it.
+        """
+        if self.live is not None:
+            return self.live
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        assert self.folder is not None
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, device_map=None)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{self.name} could not be loaded as a causal language model: {_first_line(error)}") from error
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, trust_remote_code: bool = False) -> ModelSource:
+    """Returns a model's files, tokenizer and hash, without loading its weights.
+
+    Args:
+        model: A folder, a hub id, `demo`, or a model object (then `tokenizer` must be given).
+        tokenizer: A tokenizer to use in place of the model's own.
+        trust_remote_code: Let a tokenizer run code that comes with it.
+
+    Raises:
+        ModelError: There is no such model, it lacks a tokenizer, or its weights are not safetensors.
+    """
+    if isinstance(model, torch.nn.Module):
+        if tokenizer is None:
+            raise InvalidArgument("tokenizer must be given with a model object, got none; pass tokenizer=…")
+        return ModelSource(type(model).__name__, None, tokenizer, _hash_state(model), model)
+    folder = _folder(str(model))
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(folder, str(model), trust_remote_code)
+    return ModelSource(str(model), folder, tokenizer, _hash_files(folder, str(model)))
+
+
+def resolve_dtype(dtype: DType, device: str) -> torch.dtype:
+    """Returns the compute type; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if _fast_bfloat16(device) else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """Returns the name that `resolve_dtype` knows a type by.
+
+    Raises:
+        InvalidArgument: A model has another type.
+    """
+    names: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+    if dtype not in names:
+        raise InvalidArgument(f"the model must be in float32, bfloat16 or float64, got {dtype}; convert it with model.to(…)")
+    return names[dtype]
+
+
+def resolve_device(device: str) -> str:
+    """Returns the device; `auto` is CUDA, then MPS, then the CPU."""
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InvalidArgument(f"device must be usable here, got {device!r} ({_first_line(error)}); try cpu") from None
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Returns a hash of what turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _fast_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported())
+    return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _folder(name: str) -> Path:
+    if name == "demo":
+        from gradsieve.demo import demo_model_dir
+
+        return demo_model_dir()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"model must be a folder or a hub id, got the file {name}; name the folder it is in")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model must be a folder, a hub id or demo, got {name!r}, which does not exist; check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {name!r} must be a folder that exists, a hub id or demo; there is no such folder, and the hub says: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    home = _adapter_base(folder) or folder
+    if not any((place / file).exists() for place in (folder, home) for file in _TOKENIZER_FILES):
+        raise ModelError(f"model {name} must have a tokenizer beside it, got a folder without tokenizer.json; save one there")
+    place = folder if any((folder / file).exists() for file in _TOKENIZER_FILES) else home
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the tokenizer of {name} could not be loaded: {_first_line(error)}") from error
+
+
+def _adapter_base(folder: Path) -> Path | None:
+    """Returns the base model's folder where `folder` holds a PEFT adapter."""
+    import json
+
+    config = folder / "adapter_config.json"
+    if not config.exists():
+        return None
+    return _folder(json.loads(config.read_text())["base_model_name_or_path"])
+
+
+def _hash_files(folder: Path, name: str) -> str:
+    base = _adapter_base(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = [file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        got = f"only {', '.join(other[:3])}, which can run code when loaded" if other else "a folder without weights"
+        raise ModelError(f"model {name} must have safetensors weights, got {got}; save it with model.save_pretrained")
+    hasher = xxhash.xxh3_128()
+    configs = [file for file in (folder / "config.json", folder / "adapter_config.json") if file.exists()]
+    if not configs:
+        raise ModelError(f"model {name} must have a config.json, got a folder without one; save it with model.save_pretrained")
+    for file in [*configs, *files]:
+        hasher.update(f"{file.name} {os.path.getsize(file)}\n".encode())
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 24):
+                hasher.update(chunk)
+    return hasher.hexdigest() + (_hash_files(base, str(base)) if base is not None else "")
+
+
+def _hash_state(model: torch.nn.Module) -> str:
+    hasher = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        hasher.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+        hasher.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,244 @@
+"""The output folder of a selection: chosen examples, scores, exclusions, the record of the run, the report; and its replay.
+
+selected.jsonl   the chosen examples exactly as they were given, best first
+scores.parquet   one row per usable example: id, row, selected, rank, weight, score, and every column that was read
+excluded.jsonl   id, row and reason of every other example
+run.json         configuration, hashes, versions, hardware, seeds, cost per stage
+report.html      all of it to look at
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from gradsieve import __version__
+from gradsieve.clock import Progress, silent
+from gradsieve.data import row_fields, write_jsonl, write_lines
+from gradsieve.errors import DataError, InvalidArgument
+from gradsieve.pipeline import Result, select
+from gradsieve.report import Page, Source, Stage, write_report
+from gradsieve.types import Example
+
+FILES = (
+    ("selected.jsonl", "the chosen examples, exactly as given, best first"),
+    ("scores.parquet", "every usable example with its score, rank and columns"),
+    ("excluded.jsonl", "examples that could not be used, with the reason"),
+    ("run.json", "configuration, hashes, versions and cost; `gradsieve replay run.json` does it again"),
+)
+_PACKAGES = ("torch", "transformers", "datasets", "peft", "safetensors", "numpy", "pyarrow")
+
+
+def save(result: Result, out: Path) -> Path:
+    """Writes all files of a result; each is there whole or not at all. Returns the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with result.clock.stage("writing"):
+        write_jsonl(out / "selected.jsonl", result.examples)
+        _write_scores(result, out / "scores.parquet")
+        excluded = [
+            {"id": e.id, "row": e.position, "reason": e.reason, "origin": result.sets["pool"].examples[e.position].origin}
+            for e in result.excluded
+        ]
+        write_lines(out / "excluded.jsonl", (json.dumps(row, ensure_ascii=False).encode() for row in excluded))
+    record = json.dumps(_record(result), indent=2, ensure_ascii=False)
+    write_lines(out / "run.json", record.encode().split(b"\n"))
+    write_report(page(result), out / "report.html")
+    return out
+
+
+def replay(run: Path, out: Path, progress: Progress = silent) -> Result:
+    """Does a recorded run again and compares the selection, row by row.
+
+    Args:
+        run: A `run.json`.
+        out: Folder for the second run's files.
+        progress: Is told how far long stages are.
+
+    Raises:
+        DataError: The record cannot be read.
+        InvalidArgument: Data or model are not those of the record, or the selection came out differently.
+    """
+    try:
+        record = json.loads(run.read_bytes())
+        method, job, wanted = record["method"], dict(record["job"]), record["selection"]["digest"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{run}: must be the run.json of a selection, got {error}") from None
+    for role, inputs in record["inputs"].items():
+        if not inputs["files"]:
+            raise InvalidArgument(
+                f"{run} must name the files of its {role}, got examples from memory; call select again instead"
+            )
+        job[role] = tuple(inputs["files"])
+    if record["model"]["live"]:
+        raise InvalidArgument(f"{run} must name its model's folder, got a model object; call select again instead")
+    job["store"] = None
+    result = select(method["name"], settings=method["settings"], out=out, progress=progress, **job)
+    again = _record(result)
+    for role, inputs in record["inputs"].items():
+        if again["inputs"][role]["digest"] != inputs["digest"]:
+            raise InvalidArgument(f"{role} must be the data of {run}, got other content in {' '.join(inputs['files'])}")
+    if again["model"]["weights"] != record["model"]["weights"]:
+        raise InvalidArgument(f"model must be the one of {run}, got other weights in {record['model']['name']}")
+    if again["selection"]["digest"] != wanted:
+        raise InvalidArgument(
+            f"the selection must be that of {run}, got another one in {out}; versions then and now are in the two run.json"
+        )
+    return result
+
+
+def page(result: Result) -> Page:
+    """Returns what the report says about a result."""
+    name, selector = result.method
+    by_id = {example.id: example for example in result.sets["pool"].examples}
+    examples = [by_id[id] for id in result.pool.ids]
+    groups, groups_are = _groups(examples)
+    return Page(
+        method=name,
+        picks_by=getattr(selector, "reads", "its own score"),
+        source=getattr(selector, "source", ""),
+        settings=dataclasses.asdict(selector),  # type: ignore[call-overload]
+        model=result.model.name,
+        sources=[Source(role, _source_name(result, role), len(part.examples)) for role, part in result.sets.items()],
+        budget=result.job.budget,
+        seed=result.job.seed,
+        date=_now(),
+        version=__version__,
+        ids=list(result.pool.ids),
+        prompts=[_prompt(example) for example in examples],
+        completions=[str(example.messages[-1].get("content") or "") for example in examples],
+        selection=result.selection,
+        columns=dict(result.pool.columns),
+        groups=groups,
+        groups_are=groups_are,
+        excluded=[(e.id, e.reason) for e in result.excluded],
+        notes=list(result.notes),
+        stages=[Stage(c.stage, c.wall_seconds, c.cpu_seconds, c.bytes) for c in result.clock.costs],
+        files=list(FILES),
+    )
+
+
+def _groups(examples: Sequence[Example]) -> tuple[list[str | None] | None, str]:
+    """The demo's planted kinds where the examples carry them, else their categories, else nothing."""
+    planted: list[str | None] = [row_fields(e).get("planted") if b'"planted"' in e.raw else None for e in examples]
+    if any(planted):
+        return planted, "planted kinds"
+    categories = [example.category for example in examples]
+    return (categories, "categories") if any(categories) else (None, "groups")
+
+
+def _prompt(example: Example) -> str:
+    turns = [turn for turn in example.messages[:-1] if turn.get("content")]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def _source_name(result: Result, role: str) -> str:
+    files: tuple[str, ...] = getattr(result.job, role)
+    return ", ".join(files) if files else "examples from memory"
+
+
+def _write_scores(result: Result, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pool, selection = result.pool, result.selection
+    n = len(pool.ids)
+    row_of = {result.sets["pool"].examples[position].id: position for position in result.sets["pool"].kept}
+    rank = torch.full((n,), -1, dtype=torch.int64)
+    rank[selection.rows] = torch.arange(1, len(selection.rows) + 1)
+    weight = torch.zeros(n, dtype=torch.float64)
+    weight[selection.rows] = selection.weights.double()
+    table: dict[str, Any] = {
+        "id": pa.array(list(pool.ids), pa.string()),
+        "row": pa.array([row_of[id] for id in pool.ids], pa.int64()),
+        "selected": pa.array((rank > 0).tolist(), pa.bool_()),
+        "rank": pa.array([r if r > 0 else None for r in rank.tolist()], pa.int64()),
+        "weight": pa.array(weight.tolist(), pa.float64()),
+        "score": pa.array(selection.scores.tolist(), pa.float64()),
+    }
+    for name, column in pool.columns.items():
+        table[name] = pa.array(column.tolist(), pa.float64())
+    for name in ("utility", "risk"):
+        values = selection.trace.get(name)
+        if values is not None and len(values) == n:
+            table[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        pq.write_table(pa.table(table), temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: could not be written: {error}; free space or name another folder") from None
+
+
+def _record(result: Result) -> dict[str, Any]:
+    name, selector = result.method
+    job = dataclasses.asdict(result.job)
+    chosen = [result.pool.ids[row] for row in result.selection.rows.tolist()]
+    return {
+        "gradsieve": __version__,
+        "date": _now(),
+        "method": {"name": name, "settings": dataclasses.asdict(selector)},  # type: ignore[call-overload]
+        "job": {key: value for key, value in job.items() if key not in result.sets},
+        "model": {"name": result.model.name, "weights": result.model.weights, "live": result.model.live is not None},
+        "inputs": {
+            role: {
+                "files": [_absolute(file) for file in job[role]],
+                "examples": len(part.examples),
+                "usable": len(part.kept),
+                "digest": xxhash.xxh3_128_hexdigest(b"\n".join(example.raw for example in part.examples)),
+            }
+            for role, part in result.sets.items()
+        },
+        "selection": {
+            "examples": len(chosen),
+            "tokens": int(result.pool.columns["tokens"][result.selection.rows].sum()),
+            "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
+        },
+        "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
+        "notes": [*result.notes, *result.selection.notes],
+        "excluded": len(result.excluded),
+        "stages": [dataclasses.asdict(cost) for cost in result.clock.costs],
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(result.job.device),
+    }
+
+
+def _absolute(file: str) -> str:
+    return file if file == "demo" else str(Path(file).absolute())
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware(device: str) -> Mapping[str, Any]:
+    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": accelerator,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,496 @@
+"""The main job: read, extract what the method needs, select. `select` is the Python entry, `Job` its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gradsieve.clock import Clock, Progress, silent
+from gradsieve.data import Excluded, Format, overlap, read_examples
+from gradsieve.data.corrupt import How
+from gradsieve.errors import InvalidArgument, StoreMismatch
+from gradsieve.extraction import (
+    ComputeSettings,
+    Contrast,
+    TokenSet,
+    contrast,
+    fill,
+    manifest,
+    measure_references,
+    plan,
+    read_facts,
+    reusable,
+    write_facts,
+)
+from gradsieve.gradients.accumulator import EngineSettings
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype
+from gradsieve.selectors import SELECTORS
+from gradsieve.store import GradientStore
+from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector
+
+log = logging.getLogger(__name__)
+
+Data = str | Path | Sequence[str | Path] | Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to choose from, with which model, and how gradients are taken. The method has its own settings.
+
+    Attributes:
+        model: Folder of a causal language model, hub id, or `demo` (SmolLM2-135M-Instruct out of an installed package).
+        pool: Files to choose from: JSONL (.gz), JSON, Parquet, Arrow, a saved dataset folder; or `demo`.
+        budget: How much to choose: 500 (examples), 5% (of the usable pool) or 200000tok (tokens).
+        target: Files with examples of the ability you want; or `demo`.
+        anchor: Files with general examples that must not be forgotten, with a category each if there are several; or `demo`.
+        corruption: How wrong copies of anchor and target are made for contrasts; auto decides per category.
+        format: Shape of the examples: messages, prompt-completion, alpaca, sharegpt; auto looks.
+        category_field: Field of an anchor's example that names its ability.
+        chat_template: File with a Jinja chat template to use in place of the model's own.
+        max_length: Tokens per example; the rest is cut off at the end, as TRL does.
+        params: Parameters the gradient is taken over: auto, linear, lora, last:N, lm-head, embedding, vectors, all,
+            re:PATTERN, or several with commas.
+        dim: Sketch size, numbers per example.
+        reduction: Loss of an example: mean or sum over its completion tokens.
+        dtype: Compute type; auto is bfloat16 where the hardware has it, else float32.
+        device: auto, cpu, cuda, cuda:N, mps.
+        batch_tokens: Tokens in one batch; lower it if memory runs out.
+        unit_tokens: Tokens in one shard of the store: what a kill can cost at most.
+        seed: Seed of everything random.
+        store: Folder for gradients, shared by runs with the same settings; `store` inside the output folder by default.
+        trust_remote_code: Let the tokenizer run code that comes with it.
+    """
+
+    model: str = ""
+    pool: tuple[str, ...] = ()
+    budget: str = "5%"
+    target: tuple[str, ...] = ()
+    anchor: tuple[str, ...] = ()
+    corruption: How = "auto"
+    format: Format = "auto"
+    category_field: str = "category"
+    chat_template: str | None = None
+    max_length: int = 1024
+    params: str = "auto"
+    dim: int = 1024
+    reduction: Literal["mean", "sum"] = "mean"
+    dtype: DType = "auto"
+    device: str = "auto"
+    batch_tokens: int = 1024
+    unit_tokens: int = 8192
+    seed: int = 0
+    store: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A selection with everything that explains it.
+
+    Attributes:
+        method: Name and selector.
+        job: The configuration, with `auto` resolved.
+        selection: Rows count in the usable pool.
+        pool: The usable pool's gradients as the method saw them.
+        examples: The chosen examples, best first.
+        sets: Every set of examples that was read, by role.
+        excluded: Examples of the pool that could not be used.
+        references: Facts about the reference directions.
+        notes: What the user must know beside the selection's own notes.
+        clock: Cost per stage.
+        model: The model's files and hash.
+    """
+
+    method: tuple[str, Selector]
+    job: Job
+    selection: Selection
+    pool: Gradients
+    examples: list[Example]
+    sets: Mapping[str, TokenSet]
+    excluded: Sequence[Excluded]
+    references: Mapping[str, Reference]
+    notes: tuple[str, ...]
+    clock: Clock
+    model: ModelSource
+
+    def save(self, out: str | Path) -> Path:
+        """Writes `selected.jsonl`, `scores.parquet`, `excluded.jsonl`, `run.json` and `report.html`; returns the folder."""
+        from gradsieve.outputs import save
+
+        return save(self, Path(out))
+
+
+def find_method(method: str | Selector, settings: Mapping[str, Any] | None = None) -> tuple[str, Selector]:
+    """Returns (name, selector) for a name of `SELECTORS`, `package.module:Class`, or a selector itself.
+
+    Raises:
+        InvalidArgument: There is no such method, or it has no such setting.
+    """
+    if not isinstance(method, str):
+        name = next((name for name, kind in SELECTORS.items() if type(method) is kind), None)
+        return name or f"{type(method).__module__}:{type(method).__qualname__}", method
+    kind = method_class(method)
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in settings or {}:
+        if key not in known:
+            raise InvalidArgument(f"settings of {method} must be among {', '.join(known) or 'none'}, got {key!r}")
+    return method, kind(**(settings or {}))
+
+
+def method_class(name: str) -> type[Selector]:
+    """Returns the class of a method's name, or of `package.module:Class`."""
+    if name in SELECTORS:
+        return SELECTORS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise InvalidArgument(f"method must be one of {', '.join(SELECTORS)} or package.module:Class, got {name!r}")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgument(f"method {name!r} must be importable, got {error}") from None
+    if not (dataclasses.is_dataclass(kind) and hasattr(kind, "select") and hasattr(kind, "needs")):
+        raise InvalidArgument(f"method {name!r} must be a dataclass with `needs` and `select`, got {kind!r}")
+    return kind  # type: ignore[return-value]
+
+
+def select(
+    method: str | Selector,
+    *,
+    model: str | Path | torch.nn.Module = "",
+    pool: Data = (),
+    target: Data = (),
+    anchor: Data = (),
+    budget: str | int | Budget = "5%",
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+    **job: Any,
+) -> Result:
+    """Chooses the examples of a pool that a method picks, and writes them to `out` if given.
+
+    Args:
+        method: A name (`gradsieve methods` lists them), `package.module:Class`, or a selector such as `gs.OGSStatic(drop=30)`.
+        model: Folder, hub id, `demo`, or a model object (with `tokenizer`).
+        pool: Files, `demo`, or examples.
+        target: Examples of the ability you want, likewise.
+        anchor: General examples not to be forgotten, likewise.
+        budget: `500`, `5%` or `200000tok`.
+        tokenizer: For a model object, or in place of the model's own.
+        out: Folder for the results.
+        settings: The method's hyper-parameters where it is given by name.
+        progress: Is told how far long stages are.
+        **job: The other fields of `Job`; an unknown one is an error.
+
+    Raises:
+        GradsieveError: Whatever the user can mend.
+    """
+    unknown = set(job) - {f.name for f in dataclasses.fields(Job)}
+    if unknown:
+        raise InvalidArgument(f"arguments must be fields of Job, got {', '.join(sorted(unknown))}; see help(gradsieve.Job)")
+    data = {"pool": pool, "target": target, "anchor": anchor}
+    names = {role: _names(value) for role, value in data.items()}
+    config = dataclasses.replace(
+        Job(model=model if isinstance(model, str) else _name(model), budget=str(Budget.parse(budget)), **job),
+        pool=names["pool"],
+        target=names["target"],
+        anchor=names["anchor"],
+    )
+    name, selector = find_method(method, settings)
+    run = _Run(config, name, selector.needs, Path(out) if out is not None else None, progress)
+    problem = run.problem(data, model, tokenizer)
+    with run.clock.stage("selection"):
+        rng = torch.Generator().manual_seed(config.seed)
+        selection = selector.select(problem, Budget.parse(config.budget), rng)
+    by_id = {example.id: example for example in run.sets["pool"].examples}
+    result = Result(
+        method=(name, selector),
+        job=run.job,
+        selection=selection,
+        pool=problem.candidates,
+        examples=[by_id[problem.candidates.ids[row]] for row in selection.rows.tolist()],
+        sets=run.sets,
+        excluded=run.excluded(problem.candidates),
+        references=problem.references,
+        notes=tuple(run.notes),
+        clock=run.clock,
+        model=run.source,
+    )
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def extract(job: Job, progress: Progress = silent) -> Problem:
+    """Takes the gradients of a pool into `job.store`, with sketches of target and anchor and products with their references.
+
+    Every method then finds what it needs there. `job.budget` is not read.
+
+    Raises:
+        GradsieveError: Whatever the user can mend.
+    """
+    if job.store is None:
+        raise InvalidArgument("--store must name a folder for the gradients, got none")
+    needs = {"sketch", "norm"}
+    if job.target:
+        needs |= {"targets", "dot/target", "dot/contrast/*"}
+    if job.anchor:
+        needs |= {"anchors", "dot/anchor", "dot/anchor:*", "dot/contrast/*"}
+    run = _Run(dataclasses.replace(job, budget="100%"), "extract", frozenset(needs), Path(job.store), progress)
+    return run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
+
+
+def _name(model: Path | torch.nn.Module) -> str:
+    return str(model) if isinstance(model, Path) else type(model).__name__
+
+
+def _names(data: Data) -> tuple[str, ...]:
+    if isinstance(data, str | Path):
+        return (str(data),)
+    return tuple(str(part) for part in data if not isinstance(part, Example))
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of the main job: everything that can be checked is checked before the model is loaded."""
+
+    job: Job
+    name: str
+    needs: frozenset[str]
+    out: Path | None
+    progress: Progress
+    clock: Clock = field(default_factory=Clock)
+    notes: list[str] = field(default_factory=list)
+    sets: dict[str, TokenSet] = field(default_factory=dict)
+
+    def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
+        """Reads, extracts what is missing, and returns what a method may look at."""
+        job, budget = self.job, Budget.parse(self.job.budget)
+        with self.clock.stage("reading"):
+            examples = self._read(data)
+            if budget.examples is not None and budget.examples > len(examples["pool"]):
+                raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
+            if self.out is not None:
+                _require_writable(self.out)
+        with self.clock.stage("tokens"):
+            self.source = source = self._find_model(model, tokenizer)
+            device = resolve_device(job.device)
+            dtype = _dtype_of(source.live) if source.live is not None else resolve_dtype(job.dtype, device)
+            template = _read_template(job.chat_template)
+            for role, part in examples.items():
+                tokens = TokenSet.of(role, part, source.tokenizer, max_length=job.max_length, chat_template=template)
+                tokens.require_usable()
+                self.notes += [note for note in tokens.notes if note not in self.notes]
+                self.sets[role] = tokens
+        engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
+        compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
+        self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
+        if self.needs <= {"tokens", "completion_tokens"}:
+            return Problem(_without_gradients(self.sets["pool"]))
+        return self._gradients(source, compute, template)
+
+    def excluded(self, candidates: Gradients) -> list[Excluded]:
+        """Returns every example of the pool that is not among the candidates, with the reason."""
+        pool, finite = self.sets["pool"], set(candidates.ids)
+        reason = "its gradient is not finite (NaN or infinite)"
+        own = ((position, pool.examples[position].id) for position in pool.kept)
+        not_finite = [Excluded(position, id, reason) for position, id in own if id not in finite]
+        return sorted([*pool.excluded, *not_finite], key=lambda excluded: excluded.position)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def _read(self, data: Mapping[str, Data]) -> dict[str, Sequence[Example]]:
+        if not data["pool"]:
+            raise InvalidArgument("--pool must name the examples to choose from, got none; pass a JSONL, or `--pool demo`")
+        for role, flag in (
+            ("target", "--target (examples of the ability you want)"),
+            ("anchor", "--anchor (general examples)"),
+        ):
+            if not data[role] and any(_reads(need, role) for need in self.needs):
+                raise InvalidArgument(
+                    f"{self.name} needs {flag}, got none; pass a JSONL, or `--{role} demo` for the built-in one"
+                )
+        examples = {role: self._read_set(role, value) for role, value in data.items() if value}
+        for role in set(examples) - {"pool"}:
+            _refuse_overlap(role, examples[role], "pool", examples["pool"])
+        if "target" in examples and "anchor" in examples:
+            _refuse_overlap("anchor", examples["anchor"], "target", examples["target"])
+        return examples
+
+    def _read_set(self, role: str, data: Data) -> Sequence[Example]:
+        if not isinstance(data, str | Path) and data and isinstance(data[0], Example):
+            return data  # type: ignore[return-value]
+        files = _names(data)
+        if "demo" in files:
+            if files != ("demo",):
+                raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
+            from gradsieve.demo import demo_set
+
+            return demo_set(role, seed=self.job.seed)
+        dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
+        self.notes += dataset.notes
+        log.info("%s: %d examples, read as %s", role, len(dataset.examples), dataset.format)
+        if not dataset.examples:
+            raise InvalidArgument(f"{role} must hold at least one example, got none in {', '.join(files)}")
+        if dataset.repeated:
+            self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
+        return dataset.examples
+
+    def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
+        if isinstance(model, str) and not model:
+            raise InvalidArgument("--model must name a folder, a hub id or `demo`, got none")
+        return find_model(model, tokenizer, trust_remote_code=self.job.trust_remote_code)
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
+        references = self._reference_sources(source, compute, template)
+        root = Path(self.job.store) if self.job.store else (self.out / "store" if self.out else Path(tempfile.mkdtemp()))
+        stores: dict[str, GradientStore] = {}
+        pending = {}
+        needed = ["pool", *(role for role in ("target", "anchor") if f"{role}s" in self.needs)]
+        for role in needed:
+            wanted = manifest(source, compute, references if role == "pool" else {})
+            stores[role] = GradientStore(root / role, reusable(root / role, wanted))
+            pending[role] = stores[role].pending(plan(stores[role], self.sets[role], compute))
+        facts: Mapping[str, Reference] = read_facts(stores["pool"])
+        if any(pending.values()):
+            extra = set(stores["pool"].manifest.settings["references"]) - set(references)
+            if pending["pool"] and extra:
+                raise StoreMismatch(
+                    f"store {root / 'pool'} must be finished with the references it was begun with, got a run without "
+                    f"{', '.join(sorted(extra))}; run that method again first, or choose another --store"
+                )
+            with self.clock.stage("loading the model"):
+                model = source.load(compute.dtype, compute.device)
+            facts = self._fill(model, compute, references, stores, pending) or facts
+        views = {role: self._view(stores[role], self.sets[role]) for role in needed}
+        return Problem(views["pool"], views.get("target"), views.get("anchor"), facts)
+
+    def _fill(
+        self,
+        model: torch.nn.Module,
+        compute: ComputeSettings,
+        references: Mapping[str, TokenSet | Contrast],
+        stores: Mapping[str, GradientStore],
+        pending: Mapping[str, Any],
+    ) -> Mapping[str, Reference]:
+        stacked = None
+        if pending["pool"] and references:
+            with self.clock.stage("references"):
+                stacked = measure_references(model, compute, references, self.progress)
+                write_facts(stores["pool"], stacked.facts)
+        for role, units in pending.items():
+            if units:
+                with (
+                    self.clock.stage(f"gradients of the {role}") as written,
+                    GradientEngine(model, compute.engine, stacked if role == "pool" else None) as engine,
+                ):
+                    written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress))
+        return stacked.facts if stacked else {}
+
+    def _reference_sources(
+        self, source: ModelSource, compute: ComputeSettings, template: str | None
+    ) -> dict[str, TokenSet | Contrast]:
+        """The sets behind every reference that the method reads; `*` stands for all that can be made."""
+        found: dict[str, TokenSet | Contrast] = {}
+        needs = self.needs
+        if "dot/target" in needs:
+            found["target"] = self.sets["target"]
+        if "dot/anchor" in needs:
+            found["anchor"] = self.sets["anchor"]
+        parts = self._categories() if any("anchor:" in need or need == "dot/contrast/*" for need in needs) else {}
+        for category, part in parts.items():
+            if "dot/anchor:*" in needs:
+                found[f"anchor:{category}"] = part
+            if needs & {"dot/contrast/anchor:*", "dot/contrast/*"}:
+                found[f"contrast/anchor:{category}"] = self._contrast(part, source, compute, template)
+        if "target" in self.sets and needs & {"dot/contrast/target", "dot/contrast/*"}:
+            found["contrast/target"] = self._contrast(self.sets["target"], source, compute, template)
+        for source_set in found.values():
+            if isinstance(source_set, TokenSet):
+                source_set.require_usable(2)
+        return found
+
+    def _categories(self) -> dict[str, TokenSet]:
+        anchor = self.sets.get("anchor")
+        if anchor is None:
+            return {}
+        labels = [anchor.examples[i].category or "general" for i in anchor.kept]
+        return {
+            label: anchor.restricted(f"anchor:{label}", [i for i, own in enumerate(labels) if own == label])
+            for label in sorted(set(labels))
+        }
+
+    def _contrast(self, part: TokenSet, source: ModelSource, compute: ComputeSettings, template: str | None) -> Contrast:
+        usable = [part.examples[i] for i in part.kept]
+        made, note = contrast(usable, part.name, source, compute, self.job.corruption, self.job.seed, template)
+        if note:
+            self.notes.append(note)
+        return made
+
+    def _view(self, store: GradientStore, tokens: TokenSet) -> Gradients:
+        lengths = torch.tensor(tokens.lengths, dtype=torch.float64)
+        view = store.view(tokens.ids, tokens.keys, {"tokens": lengths})
+        finite = torch.stack([column.isfinite() for column in view.columns.values()]).all(0)
+        if finite.all():
+            return view
+        rows = finite.nonzero()[:, 0].tolist()
+        if not rows:
+            raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
+        keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
+        return store.view(*keep, {"tokens": lengths[finite]})
+
+
+def _without_gradients(tokens: TokenSet) -> Gradients:
+    """Returns the rows of a method that reads no gradient: ids and token counts."""
+    supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
+    columns = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
+    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), columns)
+
+
+def _reads(need: str, role: str) -> bool:
+    """Says whether a need cannot be met without the examples of this role."""
+    return need == f"{role}s" or need.startswith((f"dot/{role}", f"dot/contrast/{role}"))
+
+
+def _refuse_overlap(role: str, examples: Sequence[Example], other: str, others: Sequence[Example]) -> None:
+    pairs = overlap(examples, others)
+    if pairs:
+        mine, theirs = pairs[0]
+        raise InvalidArgument(
+            f"{role} must not share examples with the {other}, got {len(pairs)} shared, the first {mine.origin} and "
+            f"{theirs.origin}; remove them from one side"
+        )
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}") from None
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InvalidArgument(f"out must be a folder one can write to, got {out}: {error.strerror}; name another") from None
+
+
+def _dtype_of(model: torch.nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
