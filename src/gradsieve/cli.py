@@ -62,7 +62,7 @@ def _fail(message: str) -> int:
 def _demo(arguments: list[str]) -> int:
     import tyro
 
-    from gradsieve.demo.run import Demo
+    from gradsieve.demo_run import Demo
 
     demo = tyro.cli(Demo, prog="gradsieve demo", args=arguments, config=_tyro_config())
     with _terminal() as terminal:
@@ -329,7 +329,7 @@ def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
     for note in (*result.notes, *selection.notes):
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if demo_table:
-        from gradsieve.demo.run import kinds_table
+        from gradsieve.demo_run import kinds_table
 
         console.print(kinds_table(result))
     from rich.table import Table

@@ -37,8 +37,12 @@ def pack_sketch(sketch: Tensor) -> tuple[Tensor, Tensor]:
 def write_shard(path: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
     """Writes a shard under its final name at once: a reader sees all of it or nothing."""
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    metadata = {"fingerprint": fingerprint, "xxh3": digest(contiguous)}
-    write_atomically(path, save_bytes(contiguous, metadata))
+    write_atomically(path, save_bytes(contiguous, _seal(fingerprint, digest(contiguous))))
+
+
+def _seal(fingerprint: str, checksum: str) -> dict[str, str]:
+    """The header's metadata: one key, because safetensors writes several in an order that differs from run to run."""
+    return {"gradsieve": f"fingerprint {fingerprint} xxh3 {checksum}"}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -65,13 +69,13 @@ def check_shard(path: Path, fingerprint: str) -> None:
         raise StoreCorrupt(
             f"{path} must be a safetensors file, got {error}; run the extraction again to recompute it"
         ) from None
-    if metadata.get("fingerprint") != fingerprint:
-        raise StoreCorrupt(f"{path} must carry the fingerprint {fingerprint}, got {metadata.get('fingerprint')}; recompute it")
+    words = metadata.get("gradsieve", "").split()
+    if words[1:2] != [fingerprint]:
+        raise StoreCorrupt(f"{path} must carry the fingerprint {fingerprint}, got {words[1:2]}; run the extraction again")
     # a flipped byte in the header that still parses shows when the same content is written again
-    if metadata.get("xxh3") != digest(tensors) or save_bytes(dict(sorted(tensors.items())), metadata) != content:
-        raise StoreCorrupt(
-            f"{path} must hold the bytes that were written, got others; run the extraction again to recompute it"
-        )
+    tensors = dict(sorted(tensors.items()))
+    if save_bytes(tensors, _seal(fingerprint, digest(tensors))) != content:
+        raise StoreCorrupt(f"{path} must hold the bytes that were written, got others; run the extraction again to recompute it")
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:

