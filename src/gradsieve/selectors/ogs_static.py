@@ -64,9 +64,9 @@ class OGSStatic:
         draw: With form "filter", how to choose from what is left. "random": uniformly; "utility": the largest first;
             "diversity": greedily by half the cosine to the pool's mean direction minus half the largest cosine to what is
             already chosen (maximal marginal relevance, on sketches).
-        center: Measure utility from the pool's mean direction μ, to take out what all candidates share:
-            (a(z) - mean a) / ‖u_z - μ‖ with unit gradients u. The numerator is exact, the distance comes from sketches (off by
-            about 1/√(2d)).
+        center: Take the pool's mean direction μ, which carries chat format and topic, out of both sides of utility: the partial
+            cosine (a - q·q_t) / √((1 - q²)(1 - q_t²)) with q = cos(g_z, μ) and q_t = cos(g_target, μ). a is exact, q and the
+            length of μ come from sketches.
         stratify: "length" takes short and long completions in proportion to what may be chosen, because a cosine to a mean
             tends to prefer short answers; "none" leaves it to the score. Not for draw "diversity".
         bins: Number of length strata of equal size, at least 2; read with stratify "length" only.
@@ -333,12 +333,25 @@ def _centrality(directions: Directions) -> Tensor:
 
 
 def _centred(utility: Tensor, directions: Directions) -> Tensor:
-    """Returns (a - mean a) / ‖u - μ‖, 0 where a row is the mean itself, NaN where `utility` is: float64 [n]; O(nd)."""
-    distance = torch.empty_like(utility)
-    for index, U in directions.blocks():
-        distance[index] = (U - directions.mean).square().sum(1).sqrt()
-    centred = (utility - exact_mean(utility)) / distance
-    return centred.where((distance > 1e-6) | utility.isnan(), 0.0)
+    """Returns the partial cosine of every row with the target given the pool's mean direction: float64 [n]; O(nd).
+
+    The mean of the exact cosines is <μ, t>, so that q_t needs no sketch of the target. A row without a direction of its own
+    gets 0.
+
+    Raises:
+        InvalidArgument: The target has no direction of its own either.
+    """
+    length = directions.mean.square().sum().sqrt().item()
+    if length == 0:  # nothing is shared
+        return utility
+    shared = _centrality(directions)
+    target = exact_mean(utility) / length
+    if target**2 >= 1:
+        raise InvalidArgument(
+            f"center must leave something of the target, got a cosine of {target:.3f} to the pool's mean direction; turn it off"
+        )
+    own = (1 - shared.square()) * (1 - target**2)
+    return ((utility - shared * target) / own.sqrt()).where((1 - shared.square() > 1e-6) | utility.isnan(), 0.0)
 
 
 def _zero_risk_note(risk: Tensor, anchor: str) -> list[str]:

@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.less import LESS
+from gradsieve.types import ArrayGradients, Budget, Problem
+
+
+def select(problem, budget="25%", **settings):
+    return LESS(**settings).select(problem, Budget.parse(budget), torch.Generator())
+
+
+def grouped(problem, groups):
+    targets = replace(problem.targets, columns=dict(problem.targets.columns) | {"group": torch.tensor(groups)})
+    return replace(problem, targets=targets)
+
+
+def less_naive(pool, targets, groups, rates):
+    """max over groups of the mean over the group of Σ_c η_c cos, one pair at a time."""
+    scores = []
+    for i in range(len(pool.ids)):
+        means = []
+        for group in sorted(set(groups)):
+            members = [j for j in range(len(groups)) if groups[j] == group]
+            total = 0.0
+            for checkpoint, rate in zip(pool.checkpoints, rates, strict=True):
+                for j in members:
+                    a, b = (g.sketch[checkpoint][row].double() for g, row in ((pool, i), (targets, j)))
+                    total += rate * torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+            means.append(total / len(members))
+        scores.append(max(means))
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("groups", "rates"), [([0] * 6, (1.0,)), ([2, 7, 7, 2, 2, 9], (1.0,)), ([1, 1, 0, 0, 0, 0], (3e-4, 1e-4))]
+)
+def test_it_is_the_naive_rule(groups, rates, make_problem):
+    problem = grouped(make_problem(40, checkpoints=len(rates)), groups)
+    shares = [rate / sum(rates) for rate in rates]
+    naive = less_naive(problem.candidates, problem.targets, groups, shares)
+    selection = select(problem, rates=rates)
+    assert selection.scores.tolist() == pytest.approx(naive, abs=3e-7)
+    ids = problem.candidates.ids
+    assert selection.rows.tolist() == sorted(range(40), key=lambda i: (-naive[i], ids[i]))[:10]
+
+
+def test_the_group_that_is_matched_best_counts_not_the_mean_of_all():
+    targets = ArrayGradients.from_matrix(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+    pool = ArrayGradients(["diagonal", "rare", "common"], torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.1]]))
+    one = select(Problem(pool, targets), 1)
+    assert [pool.ids[i] for i in one.rows] == ["diagonal"]
+    two = select(grouped(Problem(pool, targets), [4, 5, 5]), 2)
+    assert [pool.ids[i] for i in two.rows] == ["common", "rare"]
+    assert two.scores.tolist() == pytest.approx([0.5**0.5, 1, 1])
+    assert two.trace["chosen_per_group"] == {"4": 1, "5": 1}
+
+
+def test_rates_weigh_the_checkpoints():
+    sketch = {"a": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[0.0, 1.0], [1.0, 0.0]])}
+    target = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[1.0, 0.0]])}
+    problem = Problem(ArrayGradients(["x", "y"], sketch), ArrayGradients(["t"], target))
+    assert select(problem, 1).scores.tolist() == [0.5, 0.5]
+    assert select(problem, 1, rates=(1.0, 3.0)).scores.tolist() == [0.25, 0.75]
+    assert select(problem, 1, rates=(1.0, 3.0)).trace["shares"] == [0.25, 0.75]
+
+
+def test_the_score_is_the_same_bits_for_any_block_size(monkeypatch, make_problem):
+    problem = make_problem(50, d=64)
+    whole = select(problem).scores
+    monkeypatch.setattr(ArrayGradients, "block_rows", 3)
+    assert torch.equal(select(problem).scores, whole)
+
+
+def test_zero_targets_are_left_out_of_the_mean_with_a_note(make_problem):
+    problem = make_problem(30)
+    sketch = torch.cat([problem.targets.sketch["base"], torch.zeros(1, 16)])
+    ids = [*problem.targets.ids, "nothing"]
+    selection = select(replace(problem, targets=ArrayGradients(ids, sketch)))
+    assert torch.equal(selection.scores, select(problem).scores)
+    assert selection.notes == ("1 of 7 targets have a zero gradient, which has no direction; left out: nothing",)
+    groups = {"group": torch.tensor([0.0] * 6 + [1.0])}
+    with pytest.raises(InvalidArgument, match="only zero gradients in '1'"):
+        select(replace(problem, targets=ArrayGradients(ids, sketch, groups)))
+
+
+def test_a_candidate_that_is_zero_at_one_checkpoint_has_no_score(make_problem):
+    problem = make_problem(12, checkpoints=2)
+    problem.candidates.sketch["epoch1"][5] = 0
+    selection = select(problem, "100%")
+    assert selection.scores.isnan().nonzero().tolist() == [[5]]
+    assert 5 not in selection.rows.tolist()
+
+
+def test_what_does_not_fit_together_is_refused(make_problem):
+    problem = make_problem(12, checkpoints=2)
+    with pytest.raises(InvalidArgument, match=r"rates must have one value per checkpoint \(2: base, epoch1\), got 3"):
+        select(problem, rates=(1.0, 1.0, 1.0))
+    with pytest.raises(InvalidArgument, match="targets must have the candidates' checkpoints base, epoch1, got base; extract"):
+        select(replace(problem, targets=make_problem(12).targets))
+    with pytest.raises(InvalidArgument, match="rates must all be above 0"):
+        LESS(rates=(1.0, 0.0))
+    with pytest.raises(InvalidArgument, match="column 'group' of the targets must hold whole numbers"):
+        select(grouped(problem, [0.5] * 6))
