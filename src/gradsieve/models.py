@@ -45,6 +45,7 @@ class ModelSource:
         """
         if self.live is not None:
             return self.live
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
@@ -52,7 +53,7 @@ class ModelSource:
         assert self.folder is not None
         try:
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, device_map=None)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{self.name} could not be loaded as a causal language model: {_first_line(error)}") from error
         return model.to(device).eval()  # type: ignore[no-any-return]
 

@@ -101,7 +101,9 @@ class References:
                 raise InvalidArgument(f"reference {name!r} must have a gradient above 0, got norm {fact.norm}")
         tensors = {}
         for key in list(next(iter(means.values())).tensors) if means else ():
-            tensors[key] = torch.stack([mean.tensors.pop(key) / facts[name].norm for name, mean in means.items()])
+            tensors[key] = torch.stack([mean.tensors[key] / facts[name].norm for name, mean in means.items()])
+            for mean in means.values():  # the same mean may stand under two names
+                mean.tensors.pop(key, None)
         return cls(tuple(means), tensors, facts)
 
     def of(self, key: str) -> Tensor | None:

@@ -1,0 +1,289 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import gradsieve as gs
+from gradsieve.errors import GradsieveError, InvalidArgument, ModelError, StoreMismatch
+from gradsieve.pipeline import extract
+
+METHODS = {"random": {}, "grads": {}, "ogs-static": {}, "orth-only": {}, "less": {}}
+Write = Callable[..., Path]
+SMALL = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
+
+
+@pytest.fixture
+def data(write_data: Write) -> dict[str, str]:
+    return {
+        "pool": str(write_data("pool", 24)),
+        "target": str(write_data("target", 6)),
+        "anchor": str(write_data("anchor", 6, category="arithmetic")),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_files_to_a_folder(method: str, data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    result = gs.select(method, model=str(tiny_model), **data, budget="25%", out=tmp_path / "out", **SMALL)
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} - {"store"} == {
+        "selected.jsonl", "scores.parquet", "excluded.jsonl", "run.json", "report.html",
+    }  # fmt: skip
+    lines = (out / "selected.jsonl").read_bytes().splitlines()
+    pool = Path(data["pool"]).read_bytes().splitlines()
+    assert lines == [example.raw for example in result.examples]
+    assert set(lines) <= set(pool)
+    assert len(lines) == 6
+    scores = pq.read_table(out / "scores.parquet").to_pydict()
+    assert sorted(scores["row"]) == list(range(24))
+    by_rank = sorted((rank, id) for rank, id in zip(scores["rank"], scores["id"], strict=True) if rank is not None)
+    assert [id for _, id in by_rank] == [json.loads(line)["id"] for line in lines]
+    assert sum(scores["selected"]) == 6
+    record = json.loads((out / "run.json").read_text())
+    assert record["method"]["name"] == method
+    assert record["selection"]["examples"] == 6
+
+
+def test_replay_gives_the_same_selection_and_notices_other_data(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    from gradsieve.outputs import replay
+
+    gs.select("less", model=str(tiny_model), pool=data["pool"], target=data["target"], out=tmp_path / "a", **SMALL)
+    again = replay(tmp_path / "a" / "run.json", tmp_path / "b")
+    assert (tmp_path / "a" / "selected.jsonl").read_bytes() == (tmp_path / "b" / "selected.jsonl").read_bytes()
+    assert len(again.examples) == 1
+    Path(data["pool"]).write_text(Path(data["pool"]).read_text().replace("Sure", "Yes"))
+    with pytest.raises(InvalidArgument, match="pool must be the data of"):
+        replay(tmp_path / "a" / "run.json", tmp_path / "c")
+
+
+def test_every_example_is_scored_or_excluded_with_its_reason(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
+    pool = write_data("pool", 12)
+    long = {"id": "long", "prompt": "x" * 500, "completion": "never reached"}
+    pool.write_text(pool.read_text() + json.dumps(long) + "\n")
+    target = str(write_data("target", 4))
+    result = gs.select(
+        "less", model=str(tiny_model), pool=str(pool), target=target, budget="3", out=tmp_path / "o", max_length=300, **SMALL
+    )
+    excluded = [json.loads(line) for line in (tmp_path / "o" / "excluded.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["row"]) for row in excluded] == [("long", 12)]
+    assert "300" in excluded[0]["reason"]
+    scores = pq.read_table(tmp_path / "o" / "scores.parquet").to_pydict()
+    assert sorted(scores["row"] + [row["row"] for row in excluded]) == list(range(13))
+    assert len(result.pool.ids) == 12
+
+
+def test_an_example_whose_gradient_is_not_finite_is_excluded(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("Q")["input_ids"][0]] = torch.nan
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    pool = write_data("pool", 8)
+    pool.write_text(pool.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
+    result = gs.select(
+        "less", model=model, tokenizer=tokenizer, pool=str(pool), target=str(write_data("target", 4)), budget="8",
+        out=tmp_path / "o", dim=256,
+    )  # fmt: skip
+    assert [(e.id, "not finite" in e.reason) for e in result.excluded] == [("bad", True)]
+    assert "bad" not in result.pool.ids
+
+
+def test_batch_size_and_order_do_not_change_the_scores(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join(reversed(Path(data["pool"]).read_text().splitlines(keepends=True))))
+    common = {"model": str(tiny_model), "target": data["target"], "budget": "5", "dim": 256, "dtype": "float64"}
+    one = gs.select("less", pool=data["pool"], batch_tokens=10_000, **common)
+    two = gs.select("less", pool=str(shuffled), batch_tokens=1, unit_tokens=100, **common)
+    scores = dict(zip(two.pool.ids, two.selection.scores.tolist(), strict=True))
+    assert one.selection.scores.tolist() == pytest.approx([scores[id] for id in one.pool.ids], abs=1e-3)  # float16 storage
+    assert [e.id for e in one.examples] == [e.id for e in two.examples]
+
+
+def test_examples_in_memory_and_a_selector_object_work(tiny_model: Path) -> None:
+    pool = [
+        gs.Example(
+            str(i),
+            ({"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ok " * (i + 1)}),
+            f'{{"n": {i}}}'.encode(),
+            "memory",
+        )
+        for i in range(8)
+    ]
+    result = gs.select(gs.GrADS(), model=str(tiny_model), pool=pool, budget="3", **SMALL)
+    assert [e.raw for e in result.examples] == [pool[int(e.id)].raw for e in result.examples]
+
+
+@dataclass(frozen=True)
+class Shortest:
+    """A third party's method: the shortest examples."""
+
+    most: int = 1000
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
+    def select(self, problem: gs.Problem, budget: gs.Budget, rng: torch.Generator) -> gs.Selection:
+        order = problem.candidates.columns["tokens"].argsort()
+        rows = budget.take(order, problem.candidates)
+        return gs.Selection(rows, torch.ones(len(rows)), -problem.candidates.columns["tokens"])
+
+
+def test_a_third_party_method_needs_no_registration(data: dict[str, str], tiny_model: Path) -> None:
+    result = gs.select(Shortest(), model=str(tiny_model), pool=data["pool"], budget="4")
+    assert len(result.examples) == 4
+    assert result.method[0].endswith(":Shortest")
+
+
+def test_a_store_serves_methods_that_need_less_and_refuses_others(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
+    store = str(tmp_path / "store")
+    gs.select("ogs-static", store=store, **common)
+    before = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
+    gs.select("grads", store=store, **common)
+    gs.select("less", store=store, **common)
+    assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
+    with pytest.raises(StoreMismatch, match=r"sketch\.dim 256 in the store, 1024 asked for"):
+        gs.select("grads", store=store, **(common | {"dim": 1024}))
+    with pytest.raises(StoreMismatch, match=r"references\.anchor absent in the store"):
+        gs.select("orth-only", store=store, **common)
+
+
+def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    tuples = {role: (path,) for role, path in data.items()}
+    problem = extract(gs.Job(model=str(tiny_model), store=store, **tuples, **SMALL))
+    assert {"dot/target", "dot/anchor", "dot/contrast/anchor:arithmetic", "dot/contrast/target"} <= set(
+        problem.candidates.columns
+    )
+    shards = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
+    for method in METHODS:
+        gs.select(method, model=str(tiny_model), **data, budget="5", store=store, **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")} == shards
+
+
+def test_a_killed_run_ends_with_the_bytes_of_a_whole_one(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
+    data = {"pool": str(write_data("pool", 150)), "target": str(write_data("target", 10))}
+    command = [
+        sys.executable, "-m", "gradsieve.cli", "select", "less", "--model", str(tiny_model), "--pool", data["pool"],
+        "--target", data["target"], "--budget", "10%", "--dim", "256", "--dtype", "float32", "--unit-tokens", "500",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(out: str) -> subprocess.Popen[bytes]:
+        folder = ["--out", str(tmp_path / out)]
+        return subprocess.Popen([*command, *folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def shards(out: str) -> dict[str, bytes]:
+        store = tmp_path / out / "store"
+        return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*.safetensors"))}
+
+    whole = run("whole")
+    assert whole.wait() == 0, whole.stderr.read().decode()
+    killed = run("killed")
+    deadline = time.monotonic() + 60
+    while len(shards("killed")) < 4:
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.stderr.read().decode()
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "store").rglob("0*.safetensors")}
+    assert len(there) < len(shards("whole"))
+    resumed = run("killed")
+    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    assert shards("killed") == shards("whole")
+    assert all(path.stat().st_mtime_ns == changed for path, changed in there.items())
+    assert (tmp_path / "killed" / "selected.jsonl").read_bytes() == (tmp_path / "whole" / "selected.jsonl").read_bytes()
+    for process in (whole, killed, resumed):
+        process.stderr.close()
+
+
+def bad(change: dict[str, object], data: dict[str, str], tiny_model: Path) -> str:
+    arguments = {"model": str(tiny_model), **data, "budget": "5", **SMALL, **change}
+    method = str(arguments.pop("method", "ogs-static"))
+    with pytest.raises(GradsieveError) as caught:
+        gs.select(method, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input_is_named_before_the_model_is_loaded(
+    data: dict[str, str], tiny_model: Path, write_data: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsieve.models import ModelSource
+
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(data["pool"]).read_text() + '{"prompt": "x", "compl\n')
+    roles = tmp_path / "roles.jsonl"
+    roles.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}) + "\n")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    plain = tmp_path / "file.txt"
+    plain.touch()
+    cases = {
+        "nowhere.jsonl": {"pool": str(tmp_path / "nowhere.jsonl")},
+        "broken.jsonl:25": {"pool": str(broken)},
+        "roles.jsonl:1": {"pool": str(roles)},
+        "empty.jsonl": {"pool": str(empty)},
+        "budget must be above 0": {"budget": "0"},
+        "[1, 24]": {"budget": "25"},
+        "needs --target": {"target": ()},
+        "needs --anchor": {"anchor": ()},
+        "anchor must not share": {"anchor": data["target"]},
+        "target must not share": {"target": data["pool"]},
+        "out must be a folder": {"out": plain},
+        "method must be one of": {"method": "ogz"},
+        "fields of Job, got poool": {"poool": "x"},
+        "settings of ogs-static": {"settings": {"droop": 1}},
+        "which does not exist": {"model": "/nowhere/model"},
+        "dim must lie in": {"dim": 3},
+        "device must be usable": {"device": "warp"},
+        "chat_template must be": {"chat_template": str(tmp_path / "none.jinja")},
+    }
+    for expected, change in cases.items():
+        assert expected in bad(change, data, tiny_model)
+
+
+def test_models_without_tokenizer_template_or_safe_weights_are_refused(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(tiny_model, tmp_path / name))
+
+    bare = copy("bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    assert "must have a tokenizer" in bad({"model": str(bare)}, data, tiny_model)
+    speechless = copy("speechless")
+    (speechless / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((speechless / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (speechless / "tokenizer_config.json").write_text(json.dumps(config))
+    message = bad({"model": str(speechless)}, data, tiny_model)
+    assert "chat template" in message
+    assert "--chat-template" in message
+    unsafe = copy("unsafe")
+    (unsafe / "model.safetensors").rename(unsafe / "pytorch_model.bin")
+    assert "pytorch_model.bin, which can run code" in bad({"model": str(unsafe)}, data, tiny_model)
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50])
+    with pytest.raises(ModelError, match="could not be loaded"):
+        gs.select("grads", model=str(cut), pool=data["pool"], budget="5", **SMALL)
