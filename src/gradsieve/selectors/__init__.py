@@ -9,11 +9,13 @@ whose docstring is their help. `SELECTORS` is the only registry; a method in it 
     source    the paper it comes from
 
 What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
-strata, the end of the budget), `directions` (unit sketches with exact products), `density` (of one number per example).
+strata, the end of the budget), `directions` (unit sketches with exact products), `dense` (sketches as one matrix), `density` (of one number per
+example).
 """
 
 from __future__ import annotations
 
+from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.grads import GrADS
 from gradsieve.selectors.less import LESS
 from gradsieve.selectors.ogs_static import OGSStatic
@@ -27,6 +29,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "ogs-static": OGSStatic,
     "orth-only": OrthOnly,
     "less": LESS,
+    "gradmatch": GradMatch,
 }
 
-__all__ = ["LESS", "SELECTORS", "GrADS", "OGSStatic", "OrthOnly", "Random"]
+__all__ = ["LESS", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]
