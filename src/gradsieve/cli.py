@@ -78,7 +78,7 @@ def _select(arguments: list[str]) -> int:
 
     name, flags = _method_name(_with_config(arguments))
     kind = method_class(name)
-    parsed = tyro.cli(_select_command(kind), prog=f"gradsieve select {name}", args=flags, config=_tyro_config())
+    parsed: Any = tyro.cli(_select_command(kind), prog=f"gradsieve select {name}", args=flags, config=_tyro_config())
     job, out = parsed.job, parsed.out
     with _terminal() as terminal:
         fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}

@@ -216,7 +216,7 @@ def _record(result: Result) -> dict[str, Any]:
 
 
 def _absolute(file: str) -> str:
-    return file if file == "demo" else str(Path(file).absolute())
+    return file if file.partition(":")[0] == "demo" else str(Path(file).absolute())
 
 
 def _versions() -> Mapping[str, str]:

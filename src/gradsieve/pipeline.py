@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -331,12 +332,14 @@ class _Run:
         if not isinstance(data, str | Path) and data and isinstance(data[0], Example):
             return data  # type: ignore[return-value]
         files = _names(data)
-        if "demo" in files:
-            if files != ("demo",):
+        built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
+        if any(built_in):
+            if len(files) > 1:
                 raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
             from gradsieve.demo import demo_set
 
-            return demo_set(role, seed=self.job.seed)
+            size = built_in[0][1] if built_in[0] else None
+            return demo_set(role, int(size) if size else None, self.job.seed)
         dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
         self.notes += dataset.notes
         log.info("%s: %d examples, read as %s", role, len(dataset.examples), dataset.format)

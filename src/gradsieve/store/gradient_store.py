@@ -206,8 +206,7 @@ class StoredGradients:
         """Yields (shard number, positions in `wanted`) for the rows in `wanted`."""
         order = np.argsort(self._shards[wanted], kind="stable")
         numbers, starts = np.unique(self._shards[wanted][order], return_index=True)
-        for number, positions in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-            yield number, positions
+        yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
 
     def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (rows int64 [b], sketches float32 [b, d]), a shard at a time."""

@@ -75,7 +75,7 @@ def check_shard(path: Path, fingerprint: str) -> None:
     # a flipped byte in the header that still parses shows when the same content is written again
     tensors = dict(sorted(tensors.items()))
     if save_bytes(tensors, _seal(fingerprint, digest(tensors))) != content:
-        raise StoreCorrupt(f"{path} must hold the bytes that were written, got others; run the extraction again to recompute it")
+        raise StoreCorrupt(f"{path} must hold the bytes that were written, got others; run the extraction again")
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
