@@ -17,6 +17,8 @@ from gradsieve.selectors import SELECTORS
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "gradmatch": [{"match": "pool", "lam": 0.0}],
+    "pgm": [{"match": "pool", "partitions": 3, "batch": 1, "curve": True}],
     "random": [{"stratify": "length", "bins": 4}],
     "grads": [{"prefer": "proportional"}, {"prefer": "stratified", "bins": 3}, {"prefer": "magnitude", "novelty_weight": 0.0}],
     "ogs-static": [

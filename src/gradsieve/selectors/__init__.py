@@ -9,8 +9,8 @@ whose docstring is their help. `SELECTORS` is the only registry; a method in it 
     source    the paper it comes from
 
 What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
-strata, the end of the budget), `directions` (unit sketches with exact products), `dense` (sketches as one matrix), `density` (of one number per
-example).
+strata, the end of the budget), `directions` (unit sketches with exact products), `dense` (sketches as one matrix), `density`
+(of one number per example).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gradsieve.selectors.grads import GrADS
 from gradsieve.selectors.less import LESS
 from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
+from gradsieve.selectors.pgm import PGM
 from gradsieve.selectors.uniform import Random
 from gradsieve.types import Selector
 
@@ -30,6 +31,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "orth-only": OrthOnly,
     "less": LESS,
     "gradmatch": GradMatch,
+    "pgm": PGM,
 }
 
-__all__ = ["LESS", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]
+__all__ = ["LESS", "PGM", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]
