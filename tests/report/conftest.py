@@ -161,6 +161,11 @@ def medical_page() -> Callable[..., Page]:
                     "path": sorted(path),
                     "references": ["target", "anchor"],
                     "length_correlation": {"utility": -0.21, "risk": 0.04},
+                    "simulated": {
+                        "ogs": {"reward": 0.284, "cost": 0.0091},
+                        "threshold": {"reward": 0.271, "cost": 0.0097},
+                        "random": {"reward": 0.158, "cost": 0.0213},
+                    },
                     "steps": {
                         "reward/simulated": (0.3 * (1 - np.exp(-steps / 20))).tolist(),
                         "reward/navigator": (0.27 * (1 - np.exp(-steps / 24)) + rng.normal(0, 0.006, 60)).tolist(),

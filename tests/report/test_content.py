@@ -81,3 +81,21 @@ def test_the_drawn_rows_carry_their_numbers_and_texts(small_page: Callable[..., 
 def test_links_cannot_leave_the_directory_of_the_page(small_page: Callable[..., Page]) -> None:
     page = small_page(files=(("javascript:alert(1)", "x"), ("//host/a b.json", "y")))
     assert [href for href, _, _ in content(page)["links"]] == ["./javascript%3Aalert%281%29", "./%2F%2Fhost%2Fa%20b.json"]
+
+
+def test_cosines_that_repeat_utility_and_risk_are_shown_once(small_page: Callable[..., Page]) -> None:
+    columns = {
+        "norm": torch.ones(6),
+        "dot/target": torch.arange(6.0) / 10,
+        "dot/anchor": torch.tensor([0.1, -0.2, 0.3, 0.4, 0.5, 0.6]),
+        "utility": torch.arange(6.0) / 10,
+    }
+
+    def beside(risk: list[float]) -> list[str]:
+        page = content(small_page(columns=columns | {"risk": torch.tensor(risk)}))
+        return [name for name, _ in page["lists"]["best"][0]["values"]]
+
+    assert beside([0.0, 0.2, 0, 0, 0, 0]) == ["utility", "conflict", "score", "gradient norm"]
+    assert beside([0.0] * 6) == ["utility", "conflict", "signed conflict", "score", "gradient norm"]
+    del columns["utility"]
+    assert beside([0.0, 0.2, 0, 0, 0, 0]) == ["cosine to target", "conflict", "score", "gradient norm"]

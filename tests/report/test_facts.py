@@ -33,7 +33,7 @@ def test_row_values_are_columns_scores_per_row_traces_and_cosines(small_page: Ca
     }
     page = with_trace(
         small_page(columns=columns),
-        {"utility": [1, 2, 3, 4, 5, None], "steps": [1] * 6, "other": [1, 2], "words": list("abcdef"), "grid": [0.0] * 6},
+        {"utility": [1, 2, 3, 4, 5, None], "steps": [1] * 6, "other": [1, 2], "words": list("abcdef"), "path": [0.0] * 6},
     )
     values = facts.row_values(page)
     assert list(values) == ["utility", "conflict", "score", "norm", "dot/anchor", "note", "cos/anchor"]
@@ -170,15 +170,18 @@ def test_the_border_of_a_linear_score_is_a_line(small_page: Callable[..., Page])
 def test_a_curve_needs_a_grid_and_a_density_of_one_length(small_page: Callable[..., Page]) -> None:
     page = small_page()
     assert facts.curve_data(page) is None
-    assert facts.curve_data(with_trace(page, {"grid": [0, 1], "density": [1, 2, 3]})) is None
-    assert facts.curve_data(with_trace(page, {"grid": [0, 1], "density": [0, 0]})) is None
-    trace = {"grid": [0, 1], "density": [1, 2], "band": [0, 0.5], "grid_value": [10.0, 11, 12, 13, 14, 15]}
+    assert facts.curve_data(with_trace(page, {"density": {"grid": [0, 1], "values": [1, 2, 3]}})) is None
+    assert facts.curve_data(with_trace(page, {"density": {"grid": [0, 1], "values": [0, 0]}})) is None
+    assert facts.curve_data(with_trace(page, {"density": [0, 1]})) is None
+    density = {"grid": [0, 1], "values": [1, 2], "bandwidth": 0.3}
+    trace = {"density": density, "band": [0, 0.5], "gradient_score": [10.0, 11, 12, 13, 14, 15]}
     found = facts.curve_data(with_trace(page, trace))
     assert found is not None
     assert found[2] is not None
     assert found[2].tolist() == [0, 0.5]
     assert found[3].tolist() == [14, 11]
-    assert "grid_value" in facts.row_values(with_trace(page, trace))
+    assert facts.step_panels(with_trace(page, trace)) == {}
+    assert "gradient_score" in facts.row_values(with_trace(page, trace))
 
 
 def test_a_trade_off_needs_two_points_and_marks_the_lambda_taken(small_page: Callable[..., Page]) -> None:
@@ -198,9 +201,18 @@ def test_a_trade_off_needs_two_points_and_marks_the_lambda_taken(small_page: Cal
 
 
 def test_steps_are_read_by_panel_and_line_and_other_entries_are_ignored(small_page: Callable[..., Page]) -> None:
-    trace = {"steps": {"cost/real": [1, 2], "cost/simulated": [2, 3], "λ": [0, 1, 2], "odd": "text"}, "dropped": [1, 2, 3]}
+    trace = {
+        "steps": {"cost/real": [1, 2], "cost/simulated": [2, 3], "λ": [0, 1, 2], "odd": "text"},
+        "training": {"reward": [1, 2], "rounds": 2},
+        "dropped": [1, 2, 3],
+        "error": [1.0, 0.5, 0.25],
+        "per_row": [0.0] * 6,
+        "none": [],
+    }
     panels = facts.step_panels(with_trace(small_page(), trace))
-    assert {panel: list(lines) for panel, lines in panels.items()} == {"cost": ["real", "simulated"], "λ": [""]}
+    lines = {panel: list(lines) for panel, lines in panels.items()}
+    assert lines == {"cost": ["real", "simulated"], "λ": [""], "training: reward": [""], "error": [""], "none": [""]}
+    assert panels["error"][""].tolist() == [1.0, 0.5, 0.25]
     assert facts.step_panels(with_trace(small_page(), {"steps": [1, 2]})) == {}
 
 
@@ -222,3 +234,21 @@ def test_single_values_of_the_trace_are_recorded(small_page: Callable[..., Page]
         "references": ["target", "anchor"],
         "correlation: utility": 0.1,
     }
+
+
+def test_mappings_and_lists_of_mappings_are_tables(small_page: Callable[..., Page]) -> None:
+    trace = {
+        "statistics": {"norm": {"pool": 1.0, "chosen": 2.0}, "max": {"pool": 3.0}},
+        "clusters": [{"rows": 3, "replay": False}, {"rows": 4, "replay": True}],
+        "deep": {"a": {"b": {"c": 1}}},
+        "mixed": [{"rows": 3}, 4],
+        "empty": {"a": {}},
+        "flat": {"a": 1},
+        "density": {"a": {"b": 1}},
+    }
+    page = with_trace(small_page(), trace)
+    assert facts.tables(page) == {
+        "statistics": (["pool", "chosen"], [("norm", [1.0, 2.0]), ("max", [3.0, None])]),
+        "clusters": (["rows", "replay"], [("1", [3, False]), ("2", [4, True])]),
+    }
+    assert facts.recorded(page) == {"flat: a": 1}

@@ -59,7 +59,8 @@ def test_a_skewed_positive_column_gets_a_logarithmic_axis_and_others_do_not() ->
     assert figures.axis(skewed).log
     assert not figures.axis(skewed, allow_log=False).log
     assert not figures.axis(np.r_[0.0, skewed]).log
-    assert not figures.axis(np.array([10.0, 20.0, 100.0])).log
+    assert not figures.axis(np.array([10.0, 10.0, 110.0])).log  # 11 times the median, but 11 times the smallest only
+    assert not figures.axis(np.array([1.0, 20.0, 100.0])).log  # 100 times the smallest, but 5 times the median only
     axis = figures.axis(skewed, pad=0)
     assert axis.place([1.0, 10.0, 100.0, 0.0, -1.0]) == pytest.approx([0.0, 0.5, 1.0, np.nan, np.nan], nan_ok=True)
     assert axis.texts == ("1", "3", "10", "30", "100")
@@ -149,6 +150,7 @@ def test_steps_share_a_panel_and_long_ones_are_thinned_to_a_stated_step() -> Non
     assert panel is not None
     assert [name for name, _ in panel.lines] == ["a", "b"]
     assert panel.lines[0][1].count("M") == 2
+    assert panel.lines[1][1].count("L") == 1
     assert panel.ends == ((1.0, 3.0), (2.0, 4.0))
     assert panel.every == 1
     assert figures.steps("none", {"": np.array([np.nan, 1.0])}) is None

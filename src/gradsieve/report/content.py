@@ -44,6 +44,7 @@ def content(page: Page) -> dict[str, Any]:
         "scored": scored,
         "figures": _figures(page),
         "recorded": facts.recorded(page),
+        "tables": facts.tables(page),
         "lists": {name: [_item(page, values, row) for row in getattr(lists, name)] for name in lists.__slots__},
         "weights": _weights(page),
         "reasons": Counter(reason for _, reason in page.excluded).most_common(),
@@ -66,10 +67,16 @@ def _figures(page: Page) -> dict[str, Any]:
     }
 
 
+def _telling(names: Sequence[str], values: Mapping[str, Floats]) -> list[str]:
+    """Returns the names there are, without cosines that repeat the method's utility and risk unless they are an axis."""
+    repeated, start = {"cos/target": "utility", "conflict": "risk"}, facts.axes(values) or ()
+    return [name for name in names if name in values and (repeated.get(name) not in values or name in start)]
+
+
 def _histograms(values: Mapping[str, Floats], chosen: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     drawn = []
-    for name in _HISTOGRAMS:
-        shape = figures.histogram(values[name], chosen) if name in values else None
+    for name in _telling(_HISTOGRAMS, values):
+        shape = figures.histogram(values[name], chosen)
         if shape:
             drawn.append({"label": wording.label(name), "shape": shape, "of": facts.compare(name, values[name], chosen)})
     return drawn
@@ -99,7 +106,7 @@ def _cost(page: Page) -> dict[str, Any]:
 def _item(page: Page, values: Mapping[str, Floats], row: int) -> dict[str, Any]:
     """Returns an example as the lists print it."""
     place = int(page.places[row])
-    names = [name for name in _BESIDE_TEXT if name in values]
+    names = _telling(_BESIDE_TEXT, values)
     return {
         "id": page.ids[row],
         "place": place,
@@ -176,7 +183,7 @@ def _points(
 ) -> dict[str, Any]:
     """Returns what the script needs: the axes with their ticks, and the drawn rows, one list per field."""
     places, weights = page.places, page.weights
-    shown = [name for name in _BESIDE_TEXT if name in values]
+    shown = _telling(_BESIDE_TEXT, values)
 
     def short(texts: Sequence[str]) -> list[str]:
         cut = [texts[row] if limit is None or len(texts[row]) <= limit else texts[row][:limit] + "…" for row in rows]

@@ -15,7 +15,7 @@ from gradsieve.report.page import Page
 
 MOST_POINTS = 3000  # drawn in the scatter
 _FIRST = ("utility", "risk", "conflict", "cos/target", "score", "tokens", "completion_tokens", "loss", "norm")
-_OWN_FIGURE = frozenset({"grid", "density", "band", "path", "steps"})
+_OWN_FIGURE = frozenset({"density", "band", "path", "steps"})
 
 
 def _numbers(value: object) -> Floats | None:
@@ -227,10 +227,13 @@ def boundary(page: Page, x: Floats, y: Floats) -> tuple[float, float, float] | N
 def curve_data(page: Page) -> tuple[Floats, Floats, Floats | None, Floats] | None:
     """Returns grid, density, band or None, and the chosen rows' values on it (empty where unknown); None without a curve."""
     trace = page.selection.trace
-    grid, density = _numbers(trace.get("grid")), _numbers(trace.get("density"))
+    curve = trace.get("density")
+    if not isinstance(curve, Mapping):
+        return None
+    grid, density = _numbers(curve.get("grid")), _numbers(curve.get("values"))
     if grid is None or density is None or len(grid) != len(density) or len(grid) < 2 or not np.nanmax(density) > 0:
         return None
-    band, at = _numbers(trace.get("band")), _numbers(trace.get("grid_value"))
+    band, at = _numbers(trace.get("band")), _numbers(trace.get("gradient_score"))
     marks = at[page.order] if at is not None and len(at) == len(page.ids) else np.empty(0)
     return grid, density, band if band is not None and len(band) == 2 else None, marks
 
@@ -258,25 +261,49 @@ def trade_off(page: Page) -> tuple[Floats, Floats | None, float | None] | None:
 def step_panels(page: Page) -> dict[str, dict[str, Floats]]:
     """Returns the numbers per step by panel and line; a line that is alone in its panel may be called `""`."""
     panels: dict[str, dict[str, Floats]] = {}
-    steps = page.selection.trace.get("steps")
-    for key, entry in steps.items() if isinstance(steps, Mapping) else ():
-        array = _numbers(entry)
-        if array is not None:
-            panel, _, name = str(key).partition("/")
-            panels.setdefault(panel, {})[name] = array
+    n = len(page.ids)
+    for name, mapping in page.selection.trace.items():
+        # Lists of whole numbers are rows or counts, not values per step.
+        if name not in _OWN_FIGURE and isinstance(mapping, (list, tuple)) and all(isinstance(v, float) for v in mapping):
+            if len(mapping) != n:
+                panels[name] = {"": np.array(mapping)}
+            continue
+        if not isinstance(mapping, Mapping) or name in _OWN_FIGURE - {"steps"}:
+            continue
+        for key, entry in mapping.items():
+            array = _numbers(entry)
+            if array is not None:
+                panel, _, line = str(key).partition("/")
+                panels.setdefault(panel if name == "steps" else f"{name}: {panel}", {})[line] = array
     return panels
+
+
+def _is_single(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def tables(page: Page) -> dict[str, tuple[list[str], list[tuple[str, list[object]]]]]:
+    """Returns the tables of the trace by name: the columns' names, and each row's name and values (None where it has none)."""
+    found: dict[str, tuple[list[str], list[tuple[str, list[object]]]]] = {}
+    for name, entry in page.selection.trace.items():
+        rows: list[tuple[str, object]] = []
+        if isinstance(entry, Mapping) and name not in _OWN_FIGURE:
+            rows = [(str(key), row) for key, row in entry.items()]
+        elif isinstance(entry, (list, tuple)):
+            rows = [(str(number), row) for number, row in enumerate(entry, 1)]
+        mappings = [(key, row) for key, row in rows if isinstance(row, Mapping) and row and all(map(_is_single, row.values()))]
+        if mappings and len(mappings) == len(rows):
+            columns = list(dict.fromkeys(str(column) for _, row in mappings for column in row))
+            found[name] = columns, [(key, [row.get(column) for column in columns]) for key, row in mappings]
+    return found
 
 
 def recorded(page: Page) -> dict[str, object]:
     """Returns the single numbers and texts of the trace; those of a mapping are called `NAME: KEY`."""
-
-    def single(v: object) -> bool:
-        return v is None or isinstance(v, (bool, int, float, str))
-
     kept: dict[str, object] = {}
     for name, v in page.selection.trace.items():
-        if single(v) or (isinstance(v, (list, tuple)) and 0 < len(v) <= 12 and all(isinstance(x, str) for x in v)):
+        if _is_single(v) or (isinstance(v, (list, tuple)) and 0 < len(v) <= 12 and all(isinstance(x, str) for x in v)):
             kept[name] = v
         elif isinstance(v, Mapping) and name not in _OWN_FIGURE:
-            kept |= {f"{name}: {key}": x for key, x in v.items() if single(x)}
+            kept |= {f"{name}: {key}": x for key, x in v.items() if _is_single(x)}
     return kept

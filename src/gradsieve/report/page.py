@@ -1,16 +1,18 @@
 """What a report is made of: numbers and text, no models, no disks.
 
-The page uses these entries of `Selection.trace` (n rows in the pool) and ignores all others:
+The page shows these entries of `Selection.trace` (n rows in the pool) and ignores all others:
 
-    utility, risk      [n] agreement with the target and conflict with general knowledge: the axes of the scatter
-    any other list [n] a number per row: one more axis to choose, one more row in the table of columns
-    path, bound        tuples (λ, mean risk, mean utility) per λ tried, and the largest mean risk allowed: the trade-off curve;
-                       `lambda` is the one that was taken
-    grid, density      [g] each: a curve, drawn as an area
-    band               [2] the stretch of `grid` that the method prefers, shaded
-    grid_value         [n] where each row stands on `grid`: the chosen ones are marked under the curve
-    steps              mapping from PANEL or PANEL/LINE to numbers per step, one line each; lines of one PANEL share a plot
-    a number or a text, a few texts, a mapping of numbers: rows in the table of what the method recorded
+    utility, risk           [n] agreement with the target and conflict with general knowledge: the axes of the scatter
+    any other list [n]      a number per row: one more axis to choose, one more row in the table of columns
+    path, bound, lambda     tuples (λ, mean risk, mean utility) per λ tried, the largest mean risk allowed, and the λ taken: the
+                            trade-off curve
+    density, band           mapping with `grid` and `values` [g]: a curve; and [2] the stretch of it that the chosen span
+    gradient_score          [n] where each row stands on that grid: the chosen ones are marked under the curve
+    steps                   mapping KEY: numbers per step, one small plot each; keys PANEL/LINE share the plot PANEL
+    a mapping of lists      the same, in plots called `NAME: KEY`
+    a list of floats        of another length than n: the same; lists of whole numbers are not drawn
+    a list or a mapping of mappings that hold single values: a table
+    a number, a text, a few texts, a mapping of single values: rows in the list of what the method recorded
 
 Columns are named as in `gradsieve.types`. Where `dot/R` and `norm` are both there, the page adds `cos/R`, and `conflict`
 = -cos/anchor.

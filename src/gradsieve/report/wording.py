@@ -35,7 +35,7 @@ _LABELS = {
     ),
     "risk": Label("conflict", "push against general knowledge, 0 where there is none", "conflict more", "conflict less"),
     "conflict": Label(
-        "conflict",
+        "signed conflict",
         "minus the cosine to the anchor; above 0 it pushes against general knowledge",
         "conflict more",
         "conflict less",
