@@ -144,18 +144,10 @@ def _store(arguments: list[str]) -> int:
 def _replay(arguments: list[str]) -> int:
     import tyro
 
-    from gradsieve.outputs import replay
+    from gradsieve.outputs import Replay, replay
 
-    def command(run: tyro.conf.Positional[Path], /, out: Path | None = None) -> tuple[Path, Path]:
-        """Do a recorded selection again and compare it row by row.
-
-        Args:
-            run: The run.json of a selection.
-            out: Folder for the second run; `replay` beside the record by default.
-        """
-        return run, out or run.parent / "replay"
-
-    run, out = tyro.cli(command, prog="gradsieve replay", args=arguments, config=_tyro_config())
+    command = tyro.cli(Replay, prog="gradsieve replay", args=arguments, config=_tyro_config())
+    run, out = command.run, command.out or command.run.parent / "replay"
     with _terminal() as terminal:
         result = replay(run, out, terminal.progress)
     print(f"the same {len(result.examples)} examples in the same order; the second run is in {out}")
@@ -208,15 +200,14 @@ def _select_command(kind: type) -> type:
     clash = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(Job)}
     if clash:
         raise AssertionError(f"{kind.__name__} has fields that are flags of every method: {clash}")
-    command = dataclasses.make_dataclass(
-        "Select",
-        [
-            ("job", Annotated[Job, tyro.conf.arg(name="")]),
-            ("method", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
-            ("out", Annotated[str, tyro.conf.arg(help="Folder for the results.")], dataclasses.field(default="gradsieve-out")),
-        ],
-        frozen=True,
-    )
+    no_prefix = tyro.conf.arg(name="")
+    out = tyro.conf.arg(help="Folder for the results.")
+    fields: list[Any] = [
+        ("job", Annotated[Job, no_prefix]),
+        ("method", Annotated[kind, no_prefix], dataclasses.field(default_factory=kind)),
+        ("out", Annotated[str, out], dataclasses.field(default="gradsieve-out")),
+    ]
+    command = dataclasses.make_dataclass("Select", fields, frozen=True)
     command.__doc__ = kind.__doc__.partition("Attributes:")[0] if kind.__doc__ else ""
     return command
 

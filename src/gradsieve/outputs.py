@@ -15,11 +15,13 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 import xxhash
 
 from gradsieve import __version__
@@ -54,6 +56,19 @@ def save(result: Result, out: Path) -> Path:
     write_lines(out / "run.json", record.encode().split(b"\n"))
     write_report(page(result), out / "report.html")
     return out
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Do a recorded selection again and compare it row by row.
+
+    Attributes:
+        run: The run.json of a selection.
+        out: Folder for the second run; `replay` beside the record by default.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    out: Path | None = None
 
 
 def replay(run: Path, out: Path, progress: Progress = silent) -> Result:
