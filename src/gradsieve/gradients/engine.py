@@ -40,12 +40,14 @@ class GradientEngine:
         self.sites = choose_parameters(self.model, self.settings.params)
         self.head = Head(self.model)
         self._tools = Tools(self.settings, self.head, self.model.get_input_embeddings(), self.sites, references)
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._flags: list[tuple[Tensor, bool]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._pass: Accumulator | None = None
 
     def __enter__(self) -> Self:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.eval().requires_grad_(False)
         watched: dict[nn.Module, list[Site]] = {}
         for site in self._watched_sites():
