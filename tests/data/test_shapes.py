@@ -135,6 +135,8 @@ def test_sharegpt_keeps_other_keys_and_takes_the_system_field():
             [{**U, "role": ["user"]}, A],
             '"messages"[0]: "role" must be one of system, user, assistant, tool, got "role" [\'user\']',
         ),
+        ([U, {**CALL, "tool_calls": "f()"}], '"messages"[1]: "tool_calls" must be a list of objects, got f()'),
+        ([U, {**CALL, "tool_calls": ["f"]}], '"messages"[1]: "tool_calls" must be a list of objects, got [\'f\']'),
         ([U, {**A, "weight": 0.5}], '"messages"[1]: "weight" must be 0 (not trained on) or 1, got 0.5'),
     ],
 )

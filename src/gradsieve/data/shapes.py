@@ -201,6 +201,9 @@ def _checked_turn(turn: Any, before: str | None, i: int, field: str, origin: str
         turn = {key: value for key, value in turn.items() if value is not None or key == "content"}
         if turn.get("weight", 1) not in (0, 1):
             raise DataError(f'{where}: "weight" must be 0 (not trained on) or 1, got {turn["weight"]!r}')
+        calls = turn.get("tool_calls", [])
+        if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise DataError(f'{where}: "tool_calls" must be a list of objects, got {str(calls)[:60]}')
     if role not in _ROLES:
         found = f'got "role" {role!r}' if role is not None else f"got the keys {', '.join(turn) or 'none'}"
         raise DataError(f'{where}: "role" must be one of {", ".join(_ROLES)}, {found}')

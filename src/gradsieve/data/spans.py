@@ -185,7 +185,7 @@ def find_spans(turns: Sequence[Message], render: Render, tokens: AddedTokens) ->
         content = contents.get(i)
         start, start_remark = _start(turns, i, text, content, before, render)
         if content is None:
-            end, end_remark = _end_by_cutting(turns, i, text, start, render), None
+            end, end_remark = _end_by_cutting(turns, i, text, start, tokens, render), None
         else:
             end, end_remark = _end(turns, i, text, content.end, ending, tokens, render)
         if not before <= start <= (end if content is None else content.end) <= end:
@@ -342,17 +342,18 @@ def _end(
     return content_end, ENDLESS
 
 
-def _end_by_cutting(turns: Sequence[Message], i: int, text: str, start: int, render: Render) -> int:
+def _end_by_cutting(turns: Sequence[Message], i: int, text: str, start: int, tokens: AddedTokens, render: Render) -> int:
     """Returns where a turn ends whose content could not be located, from the conversation cut off after it."""
     turn = turns[i]
     cut = text if i == len(turns) - 1 else _try_render(turns[: i + 1], False, render)
     if cut is None:
         raise SpanError(f"the chat template refuses the conversation cut off after turn {i}")
     cut = cut.rstrip()
-    words = [turn["content"].strip()] if not turn.get("tool_calls") else list(_called(turn["tool_calls"]))
     # In the middle of a conversation the turn may have lost its beginning (an empty `<think>` block), never its end.
     tail = next((cut[k:] for k in range(start, len(cut)) if text.startswith(cut[k:], start)), "")
-    if not words or not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", tail) for word in words):
+    said = tokens.pattern.sub(" ", tail)
+    words = _called(turn["tool_calls"]) if turn.get("tool_calls") else [turn["content"].strip()]
+    if not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) for word in words):
         raise SpanError(f"the chat template leaves out turn {i}, or renders it differently once later turns are there")
     return start + len(tail)
 

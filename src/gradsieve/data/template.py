@@ -255,9 +255,12 @@ def _encode(texts: list[str], tokenizer: Any) -> list[tuple[NDArray[np.int32], N
 
 def _labelled(ids: NDArray[np.int32], offsets: NDArray[np.int32], spans: Spans, max_length: int) -> Tokens | str:
     """Returns the example's tokens, or why it has no completion tokens."""
+    first, last = offsets[:, 0], offsets[:, 1]
+    # Byte-level tokenizers may trim spaces off their offsets: a token of spaces then has no width, at its end.
+    first = np.where(first == last, np.concatenate(([0], last[:-1])), first)
     completion = np.zeros(len(ids), dtype=bool)
     for start, end in spans.spans:
-        completion |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        completion |= (last > start) & (first < end)
     completion[:1] = False
     labels = np.where(completion, ids, np.int32(IGNORE))[:max_length]
     if (labels != IGNORE).any():
