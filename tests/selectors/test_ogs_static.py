@@ -155,6 +155,14 @@ def test_rows_tied_at_the_critical_penalty_use_up_the_room():
     assert selection.trace["mean_risk"] > 0.25
 
 
+def test_rows_tied_at_the_critical_penalty_change_places_within_their_stratum():
+    # One row of each half by length, all on the line a = r: from {0, 2} only 2 -> 3 fits the bound of 0.54 in sum.
+    values = [0.1, 0.5, 0.2, 0.3]
+    problem = of(values, values, completion_tokens=[1, 1, 9, 9])
+    selection = select(problem, 2, bound_of="mean", bound=100 * 0.27 / 0.275, stratify="length", bins=2)
+    assert sorted(selection.rows.tolist()) == [0, 3]
+
+
 def test_the_bound_can_be_a_share_of_the_mean_risk():
     problem = of([0.9, 0.8, 0.5, 0.4], [0.8, 0.4, 0.0, 0.0])
     assert select(problem, 2, bound_of="mean", bound=100.0).trace["bound"] == pytest.approx(0.3)
@@ -175,12 +183,13 @@ def test_a_bound_that_does_not_bind_is_reported_with_its_cures():
 
 
 def test_a_bound_that_cannot_be_met_is_reported_with_what_can():
-    selection = select(of([0.9, 0.6, 0.5, 0.1], [0.4, 0.2, 0.3, 0.2]), 3, bound=10.0)
+    selection = select(of([0.9, 0.1, 0.5, 0.6], [0.4, 0.2, 0.3, 0.2]), 3, bound=10.0)
     assert noted(
         selection, "infeasible: the least risky examples that fill the budget have mean risk 0.2333, above the bound 0.2"
     )
-    assert selection.rows.tolist() == [1, 3, 2]
+    assert selection.rows.tolist() == [3, 1, 2]
     assert selection.trace["lambda"] is None
+    assert len(selection.trace["path"]) == 1
     assert selection.scores.tolist() == pytest.approx([-0.4, -0.2, -0.3, -0.2])
 
 
@@ -273,6 +282,14 @@ def test_the_filter_by_diversity_is_maximal_marginal_relevance(make_problem):
         value = {i: 0.5 * float(U[i] @ centre) - 0.5 * nearest[i] for i in kept if i not in chosen}
         chosen.append(max(value, key=value.get))
     assert selection.rows.tolist() == chosen
+
+
+def test_a_sketch_of_zero_cannot_be_diverse():
+    problem = of([0.5] * 3, [0.1] * 3, sketch=torch.tensor([[1.0], [0.0], [-1.0]]))
+    selection = select(problem, 3, form="filter", drop=0.0, draw="diversity")
+    assert sorted(selection.rows.tolist()) == [0, 2]
+    assert noted(selection, "1 of 3 candidates have a zero gradient, which has no direction; left out: 001")
+    assert sorted(select(problem, 3, form="filter", drop=0.0).rows.tolist()) == [0, 1, 2]
 
 
 def test_the_filter_with_strata_draws_from_each():

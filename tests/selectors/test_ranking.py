@@ -42,6 +42,8 @@ def test_spread_by_hand():
     order, strata = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([0, 0, 0, 0, 1, 1])
     assert spread(order, strata).tolist() == [0, 4, 1, 2, 5, 3]
     assert spread(order.flip(0), strata).tolist() == [3, 5, 2, 1, 4, 0]
+    # Strata of 5 and 1 rows: the single row belongs in the middle, after the larger stratum's row of the same place.
+    assert spread(order, torch.tensor([0, 0, 0, 0, 0, 1])).tolist() == [0, 1, 2, 5, 3, 4]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.randoms(use_true_random=False))
