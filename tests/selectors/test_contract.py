@@ -17,6 +17,7 @@ from gradsieve.selectors import SELECTORS
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "g2is": [{"mode": "paper", "neighbours": 0}, {"explained": 0.9, "neighbours": 3, "on_shortfall": "next-component"}],
     "gradmatch": [{"match": "pool", "lam": 0.0}],
     "pgm": [{"match": "pool", "partitions": 3, "batch": 1, "curve": True}],
     "random": [{"stratify": "length", "bins": 4}],

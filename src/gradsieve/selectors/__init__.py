@@ -10,11 +10,12 @@ whose docstring is their help. `SELECTORS` is the only registry; a method in it 
 
 What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
 strata, the end of the budget), `directions` (unit sketches with exact products), `dense` (sketches as one matrix), `density`
-(of one number per example).
+(of one number per example), `graph` (nearest neighbours), `omp` (matching pursuit).
 """
 
 from __future__ import annotations
 
+from gradsieve.selectors.g2is import G2IS
 from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.grads import GrADS
 from gradsieve.selectors.less import LESS
@@ -30,8 +31,9 @@ SELECTORS: dict[str, type[Selector]] = {
     "ogs-static": OGSStatic,
     "orth-only": OrthOnly,
     "less": LESS,
+    "g2is": G2IS,
     "gradmatch": GradMatch,
     "pgm": PGM,
 }
 
-__all__ = ["LESS", "PGM", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]
+__all__ = ["G2IS", "LESS", "PGM", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]

@@ -1,0 +1,359 @@
+"""G2IS against the published walk, written out plainly, and what its modes, budgets and notes mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.directions import Directions, on_grid, unit_rows
+from gradsieve.selectors.g2is import G2IS, core_knowledge, largest_remainder
+from gradsieve.selectors.g2is_walk import walk
+from gradsieve.selectors.graph import follow
+from gradsieve.selectors.ranking import id_order
+from gradsieve.types import ArrayGradients, Budget, Problem
+
+
+def run(method, problem, budget, seed=0):
+    return method.select(problem, Budget.parse(budget), torch.Generator().manual_seed(seed))
+
+
+def problem_of(G, T, ids=None, **columns):
+    G, T = torch.as_tensor(G, dtype=torch.float32), torch.as_tensor(T, dtype=torch.float32)
+    ids = ids or [f"{i:04d}" for i in range(len(G))]
+    return Problem(ArrayGradients(ids, G, columns), ArrayGradients([f"t{i}" for i in range(len(T))], T))
+
+
+def remainder_naive(total, weights):
+    exact = [total * w for w in weights]
+    parts = [int(np.floor(x + 1e-9)) for x in exact]
+    for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def graph_naive(U, ids, width):
+    def near(i):
+        return sorted((j for j in range(len(U)) if j != i), key=lambda j: (-float(U[i] @ U[j]), ids[j]))
+
+    return [near(i)[: width or None] for i in range(len(U))]
+
+
+def walk_naive(U, K, budgets, graph, ids, delta, seen=None):
+    """Eq. G2IS-3 as it is written: every constraint from scratch for every candidate; the fallback sorts all n anew."""
+    n, used, picks = len(U), set(), []
+
+    def cosine(total, k):
+        length = np.linalg.norm(total)
+        return abs(total @ k) / length if length > 1e-10 else 0.0
+
+    for k, budget in zip(K, budgets, strict=True):
+        if budget <= 0:
+            continue
+        along = [float(u @ k) for u in U]
+
+        def best_first(along=along):
+            return [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i])) if i not in used]
+
+        top = best_first()
+        if not top:
+            break
+        chosen, total = [top[0]], U[top[0]].copy()
+        used.add(top[0])
+        while len(chosen) < budget:
+            old = cosine(total, k)
+
+            def fits(j, chosen=chosen, total=total, old=old, k=k):
+                no_conflict = all(U[j] @ U[s] >= 0 for s in chosen)
+                return no_conflict and cosine(total + U[j], k) >= delta * old - 1e-9
+
+            found = next((j for j in graph[chosen[-1]] if j not in used and fits(j)), None)
+            how = "walk"
+            if found is None:
+                found, how = next((j for j in best_first() if fits(j)), None), "fallback"
+            if seen is not None:
+                seen[how if found is not None else "stuck"] += 1
+            if found is None:
+                break
+            chosen.append(found)
+            used.add(found)
+            total = total + U[found]
+        picks += chosen
+    return picks
+
+
+def instance(seed):
+    """Small problems in which everything happens: shared directions, copies, exact right angles, opposed groups."""
+    rng = np.random.default_rng(seed)
+    n, d, m = int(rng.integers(5, 45)), int(rng.integers(2, 9)), int(rng.integers(3, 9))
+    G = rng.normal(size=(n, d)) + rng.uniform(0, 3) * rng.normal(size=d)
+    if seed % 3 == 0:
+        G = rng.integers(-2, 3, size=(n, d)).astype(float)  # many equal rows and exact zeros among their products
+        G[~G.any(1)] = 1.0
+    if seed % 4 == 1:
+        G[rng.integers(n, size=n // 2)] = G[0]
+    T = rng.normal(size=(m, d)) + rng.uniform(0, 2) * rng.normal(size=d)
+    ids = [f"{i:03d}" for i in rng.permutation(n)]
+    budget = int(rng.integers(1, n + 1))
+    return G, T, ids, budget, float(rng.choice([0.3, 0.5, 0.9])), int(rng.choice([0, 1, 3, 10]))
+
+
+def test_paper_mode_chooses_the_same_rows_in_the_same_order_as_the_published_walk_on_200_instances():
+    seen = {"walk": 0, "fallback": 0, "stuck": 0}
+    short = 0
+    for seed in range(200):
+        G, T, ids, budget, explained, width = instance(seed)
+        problem = problem_of(G, T, ids)
+        U = unit_rows(problem.candidates.sketch).numpy()
+        pca = PCA(n_components=explained, svd_solver="full").fit(problem.targets.sketch.double().numpy())
+        K = on_grid(torch.tensor(pca.components_)).numpy()
+        shares = pca.explained_variance_ratio_ / pca.explained_variance_ratio_.sum()
+        expected = walk_naive(U, K, remainder_naive(budget, shares), graph_naive(U, ids, width), ids, 0.8, seen)
+        selection = run(G2IS("paper", explained, 0.8, width), problem, budget)
+        assert selection.rows.tolist() == expected, seed
+        assert bool(selection.notes and "budget asks for" in " ".join(selection.notes)) == (len(expected) < budget)
+        short += len(expected) < budget
+    assert min(seen.values()) > 50
+    assert 20 < short < 180
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.5, 0.8, 0.97, 1.0])
+def test_the_walk_is_the_published_one_for_any_directions_budgets_and_strictness(delta):
+    seen = {"walk": 0, "fallback": 0, "stuck": 0}
+    for seed in range(40):
+        G, _, ids, _, _, width = instance(seed + 1000)
+        rng = np.random.default_rng(seed)
+        candidates = ArrayGradients(ids, torch.tensor(G, dtype=torch.float32))
+        directions, by_id = Directions.of(candidates), id_order(ids)
+        K = unit_rows(torch.tensor(rng.normal(size=(3, G.shape[1]))))
+        budgets = rng.integers(0, len(G), size=3).tolist()
+        U = unit_rows(candidates.sketch).numpy()
+        graph = graph_naive(U, ids, width)
+        done = walk(
+            directions,
+            directions.products(K.T),
+            budgets,
+            follow(torch.tensor(graph, dtype=torch.int32).reshape(len(G), -1)),
+            by_id,
+            delta=delta,
+            price=torch.ones(len(G), dtype=torch.float64),
+        )
+        expected = walk_naive(U, K.numpy(), budgets, graph, ids, delta, seen)
+        assert [row for component in done for row in component.rows] == expected, seed
+    assert min(seen["walk"], seen["stuck"]) > 10
+
+
+def test_a_case_solved_by_hand():
+    # k = (1, 0). Start at 0; its neighbours are 1 (cosine .8), 4 (.6), 2 (0), 3 (-1). 1 = (.8, .6) fits: the sum's cosine falls
+    # to .95. From 1, its neighbour 2 = (0, 1) fits too: (1.8, 1.6) has .75 ≥ .8·.95 = .76? no. Then 4 = (.6, -.8): its product
+    # with 1 is 0, which is no conflict; the sum is (2.4, -.2). Then 2 conflicts with 4, and 3 with 0: stuck.
+    G = [[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0], [0.6, -0.8]]
+    T = [[1.0, 0.0], [2.0, 0.0]]
+    selection = run(G2IS(neighbours=2), problem_of(G, T), 4)
+    assert selection.rows.tolist() == [0, 1, 4]
+    assert selection.trace["walk"] == {
+        "row": [0, 1, 4],
+        "component": [0, 0, 0],
+        "step": [0, 1, 2],
+        "via": ["start", "walk", "fallback"],
+    }
+    (component,) = selection.trace["components"]
+    assert component["variance"] == 1
+    assert (component["budget"], component["picks"], component["stop"]) == (4, 3, "constraints")
+    assert (component["conflicts"], component["inconsistent"]) == (2, 0)
+    assert component["cosine_to_target"] == pytest.approx(1)
+    assert selection.scores.tolist() == pytest.approx([1, 0.8, 0, -1, 0.6], abs=1e-7)
+    assert selection.trace["mean_cosine"] == pytest.approx(0.8)
+    assert selection.trace["pool_mean_cosine"] == pytest.approx(0.28)
+    assert selection.notes[0] == (
+        "3 examples are chosen of the 4 the budget asks for. component 0 ended after 3 examples of a budget of 4 examples: "
+        "of the candidates left 2 conflict with one of its picks and 0 would turn their sum too far from its direction"
+    )
+
+
+def walked(G, K, budgets, ids=None, width=0, **options):
+    candidates = ArrayGradients(ids or [f"{i:03d}" for i in range(len(G))], torch.tensor(G, dtype=torch.float32))
+    directions, by_id = Directions.of(candidates), id_order(candidates.ids)
+    graph = torch.tensor(graph_naive(unit_rows(candidates.sketch).numpy(), candidates.ids, width), dtype=torch.int32)
+    options = {"delta": 0.8, "price": torch.ones(len(G), dtype=torch.float64)} | options
+    products = directions.products(torch.tensor(K, dtype=torch.float64).T)
+    return walk(directions, products, budgets, follow(graph.reshape(len(G), -1)), by_id, **options)
+
+
+def test_consistency_alone_can_stop_a_component():
+    # (0, 1) does not conflict with (1, 0), but turns the sum to cosine .71 < .8
+    (component,) = walked([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0]], [2])
+    assert component.rows == [0]
+    assert (component.stop, component.conflicts, component.inconsistent) == ("constraints", 0, 1)
+    (free,) = walked([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0]], [2], delta=0.7)
+    assert free.rows == [0, 1]
+
+
+def test_a_candidate_that_was_inconsistent_is_asked_again_by_the_walk_when_the_sum_has_turned():
+    # row 1 is nearest to row 0 but turns the sum to cosine .32 < .8·.6; after rows 2 and 3 it turns it from .72 to .59
+    G = [[0.6, 0.8, 0.0], [0.0, 0.98, 0.2], [0.59, -0.1, 0.8], [0.59, -0.1, 0.79]]
+    (component,) = walked(G, [[1.0, 0.0, 0.0]], [4])
+    assert component.rows == [0, 3, 2, 1]
+    assert component.via == ["start", "walk", "walk", "walk"]
+
+
+def test_a_candidate_that_was_inconsistent_keeps_its_place_in_the_fallback_order():
+    # each row has one neighbour in the graph; the fallback asks row 1 first: cosine .21 < .8·.3, but from row 2 on .22 ≥ .8·.27
+    G = [[0.3, 0.954, 0.0], [0.11, 0.994, 0.0], [0.09, 0.0, 0.996]]
+    (component,) = walked(G, [[1.0, 0.0, 0.0]], [3], width=1)
+    assert component.rows == [0, 2, 1]
+    assert component.via == ["start", "fallback", "fallback"]
+
+
+def test_a_conflict_holds_for_its_component_only():
+    G = [[1.0, 0.0], [-0.5, 1.0], [0.9, 0.1]]
+    done = walked(G, [[1.0, 0.0], [0.0, 1.0]], [3, 1])
+    assert done[0].rows == [0, 2]
+    assert done[0].conflicts == 1
+    assert done[1].rows == [1]
+
+
+def test_used_candidates_are_not_taken_again_and_an_empty_pool_ends_a_component():
+    done = walked([[1.0, 0.0], [0.9, 0.1]], [[1.0, 0.0], [1.0, 0.0]], [2, 2])
+    assert [component.rows for component in done] == [[0, 1], []]
+    assert [component.stop for component in done] == ["budget", "exhausted"]
+
+
+@pytest.mark.parametrize(("on_shortfall", "rows"), [("stop", [1]), ("next-component", [1, 2, 3])])
+def test_what_a_component_cannot_use_stays_unused_or_goes_to_the_next(on_shortfall, rows):
+    G = [[1.0, 0.0], [-0.5, 1.0], [-0.4, 1.0], [-0.3, 1.0]]
+    done = walked(G, [[1.0, 0.0], [-0.5, 1.0]], [3, 1], on_shortfall=on_shortfall)
+    assert done[0].rows == [0]
+    assert done[1].rows == rows
+
+
+def test_equal_candidates_are_taken_in_the_order_of_their_ids():
+    (component,) = walked([[1.0, 0.5]] * 4, [[1.0, 0.0]], [4], ids=["d", "b", "a", "c"])
+    assert component.rows == [2, 1, 3, 0]
+
+
+def test_the_components_are_those_of_scikit_learn(make_problem):
+    for seed in range(10):
+        T = make_problem(5, d=12, m=9, seed=seed).targets.sketch["base"]
+        for explained in (0.2, 0.5, 0.95):
+            V, share = core_knowledge(T, "paper", explained)
+            pca = PCA(n_components=explained).fit(T.double().numpy())
+            assert np.allclose(V, pca.components_, atol=1e-6)
+            assert np.allclose(share, pca.explained_variance_ratio_ / pca.explained_variance_ratio_.sum())
+
+
+def test_aligned_components_are_uncentred_and_point_towards_the_target(make_problem):
+    T = make_problem(5, d=12, m=9).targets.sketch["base"].double()
+    V, share = core_knowledge(T, "aligned", 1.0)
+    assert len(V) == 9
+    assert (V @ T.mean(0) >= -1e-9).all()
+    assert torch.allclose(V @ V.T, torch.eye(9, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose((T @ V.T).square().sum(0) / T.square().sum(), share, atol=1e-6)
+
+
+def test_aligned_picks_help_the_target_where_published_picks_do_not():
+    torch.manual_seed(0)
+    shared = torch.randn(40)
+    G = torch.randn(400, 40) + 0.5 * torch.randn(400, 1) * shared
+    T = torch.randn(12, 40) * 0.4 + shared
+    aligned, paper = (run(G2IS(mode, neighbours=20), problem_of(G, T), 40) for mode in ("aligned", "paper"))
+    assert aligned.trace["mean_cosine"] > 0.3
+    assert abs(paper.trace["mean_cosine"]) < 0.15
+    turned = dataclasses.replace(problem_of(G, T), targets=ArrayGradients([f"t{i}" for i in range(12)], -T))
+    opposite = run(G2IS(neighbours=20), turned, 40)
+    assert opposite.trace["mean_cosine"] > 0.3
+
+
+def test_picks_less_like_the_target_than_the_pool_are_noted():
+    G = [[1.0, 0.1], [1.0, 0.2], [1.0, -0.3], [0.0, 1.0], [0.05, 1.0]]
+    T = [[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]]  # centred, only the second axis is left
+    selection = run(G2IS("paper"), problem_of(G, T), 2)
+    assert "the picks are less like the target than the pool is" in selection.notes[0]
+    assert "use mode aligned" in selection.notes[0]
+    assert not any("less like" in note for note in run(G2IS(), problem_of(G, T), 2).notes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 500), st.lists(st.integers(1, 50), min_size=1, max_size=9))
+def test_the_budget_is_split_without_loss_and_within_one_of_the_exact_share(total, sizes):
+    shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    parts = largest_remainder(total, shares)
+    assert sum(parts) == total
+    assert all(abs(part - total * share) < 1 + 1e-9 for part, share in zip(parts, shares.tolist(), strict=True))
+    assert parts == remainder_naive(total, shares.tolist())
+
+
+def test_remainders_go_to_the_largest():
+    assert largest_remainder(10, torch.tensor([0.57, 0.33, 0.10], dtype=torch.float64)) == [6, 3, 1]
+    assert largest_remainder(3, torch.tensor([0.5, 0.5], dtype=torch.float64)) == [2, 1]
+
+
+def test_a_token_budget_passes_what_is_too_little_to_the_next_component():
+    # two components of equal share; the first pays for one example of 60 of its 100 tokens, the next has 140 for two
+    price = torch.tensor([60.0, 60.0, 60.0, 60.0], dtype=torch.float64)
+    G = [[1.0, 0.1], [1.0, 0.2], [0.1, 1.0], [0.2, 1.0]]
+    done = walked(G, [[1.0, 0.0], [0.0, 1.0]], [100.0, 100.0], price=price)
+    assert [component.rows for component in done] == [[0], [2, 3]]
+    assert (done[0].stop, done[0].refused) == ("price", 1)
+    assert done[1].budget == 140
+
+
+def test_a_token_shortfall_names_the_next_pick():
+    tokens = torch.tensor([30.0, 90.0])
+    selection = run(G2IS(), problem_of([[1.0, 0.1], [1.0, 0.2]], [[1.0, 0.0], [1.0, 0.1]], tokens=tokens), "100tok")
+    assert selection.rows.tolist() == [0]
+    spent, cause = selection.notes[-1].split(". ")
+    assert spent == "the chosen 1 examples spend 30 of the budget's 100 tokens"
+    assert cause.endswith("after 1 examples of a budget of 100 tokens: the next pick, '0001', has 90 tokens")
+
+
+def test_a_graph_made_at_once_and_lists_on_demand_give_the_same_walk(make_problem, monkeypatch):
+    problem = make_problem(80)
+    at_once = run(G2IS(neighbours=5), problem, 30)
+    monkeypatch.setattr("gradsieve.selectors.g2is.VISITS", 0)
+    assert torch.equal(run(G2IS(neighbours=5), problem, 30).rows, at_once.rows)
+
+
+def test_the_layout_has_a_place_for_every_pick_and_the_target(make_problem):
+    selection = run(G2IS(), make_problem(700), 20)
+    layout = selection.trace["layout"]
+    assert len(layout["picks"]) == len(selection.rows)
+    assert len(layout["sample"]) == len(layout["sample_rows"]) == 500
+    assert len(layout["target"]) == 2
+    both = dict(zip(layout["sample_rows"], layout["sample"], strict=True))
+    for row, place in zip(selection.rows.tolist(), layout["picks"], strict=True):
+        if row in both:
+            assert place == pytest.approx(both[row])
+    spread = np.var(np.array(layout["sample"]), axis=0)
+    assert spread[0] >= spread[1] > 0
+
+
+def test_targets_without_variance_are_refused():
+    G = [[1.0, 0.0], [0.0, 1.0]]
+    with pytest.raises(InvalidArgument, match="mode paper needs targets that differ, got no variance; "):
+        run(G2IS("paper"), problem_of(G, [[1.0, 2.0]] * 3), 1)
+    with pytest.raises(InvalidArgument, match="g2is needs targets with a gradient that is not zero"):
+        run(G2IS(), problem_of(G, [[0.0, 0.0]]), 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "centred"}, "mode must be one of aligned, paper, got 'centred'"),
+        ({"graph": "hnsw"}, "graph must be one of exact, faiss, got 'hnsw'"),
+        ({"on_shortfall": "pad"}, "on_shortfall must be one of stop, next-component, got 'pad'"),
+        ({"explained": 0.0}, r"explained must lie in \(0, 1\], got 0.0; "),
+        ({"delta": 1.5}, r"delta must lie in \[0, 1\], got 1.5; "),
+        ({"neighbours": -1}, "neighbours must be at least 0, got -1; "),
+        ({"neighbours": 0, "graph": "faiss"}, "neighbours must be at least 1 with graph faiss, got 0; "),
+    ],
+)
+def test_settings_that_break_a_rule_are_refused(wrong, message):
+    with pytest.raises(InvalidArgument, match=message):
+        G2IS(**wrong)
