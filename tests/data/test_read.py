@@ -115,6 +115,13 @@ def test_a_broken_row_is_named_unless_the_keys_are_ambiguous(tmp_path):
     assert "which fit messages and alpaca" in error_of(lines(tmp_path / "b.jsonl", ambiguous))
 
 
+def test_of_several_broken_rows_the_first_is_named(tmp_path):
+    path = lines(tmp_path / "p.jsonl", [chat(), {"messages": []}, chat(), {"messages": "x"}])
+    assert error_of(path) == f'{path}:2: "messages" must hold at least one turn, got an empty list'
+    path = lines(tmp_path / "q.jsonl", [{"text": "x"}, {"messages": []}, chat()])
+    assert error_of(path).startswith(f'{path}:1: "messages" must be there')
+
+
 def test_unknown_keys_are_named(tmp_path):
     assert 'got "answer", "question"; rename' in error_of(lines(tmp_path / "p.jsonl", [{"question": "q"}, {"answer": "a"}]))
 
@@ -236,7 +243,7 @@ def test_the_hash_is_that_of_roles_and_contents_alone():
 
 def test_contents_cannot_imitate_the_borders_between_turns():
     joined = example("q", "a", "b", "c")
-    for content in ("aassistant:1:b", "auser:1:bassistant:1:c", "a4:user:1:b"):
+    for content in ("auser:1:bassistant:1:c", "auser:bassistant:c", "ausrbassistantc"):
         assert content_hash(example("q", content)) != content_hash(joined)
 
 
