@@ -174,6 +174,20 @@ def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp
     assert {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")} == shards
 
 
+def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(data["anchor"]).read_text().splitlines()][:4]
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text("".join(json.dumps({**row, "completion": "No idea."}) + "\n" for row in rows))
+    common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
+    own = gs.select("ogs-static", corrupted=(str(wrong),), **common)
+    assert own.references["contrast/anchor:arithmetic"].count == 4
+    assert any("2 of 6 examples of anchor:arithmetic" in note for note in own.notes)
+    built_in = gs.select("ogs-static", **common)
+    assert built_in.references["contrast/anchor:arithmetic"].count == 6
+    wrong.write_text(json.dumps({"id": "stranger", "prompt": "a", "completion": "b"}) + "\n")
+    assert "got " + str(wrong) in bad({"corrupted": (str(wrong),)}, data, tiny_model)
+
+
 def test_a_killed_run_ends_with_the_bytes_of_a_whole_one(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
     data = {"pool": str(write_data("pool", 150)), "target": str(write_data("target", 10))}
     command = [

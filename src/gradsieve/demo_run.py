@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradsieve.pipeline import Result
 
 # a filter by contrast, then the highest utility: what a first study of planted faults spoke for
-SETTINGS: dict[str, dict[str, Any]] = {"ogs-static": {"against": "contrast", "form": "filter", "drop": 25.0, "draw": "utility"}}
+SETTINGS: dict[str, dict[str, Any]] = {"ogs-static": {"against": "contrast", "form": "filter", "drop": 35.0, "draw": "utility"}}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import xxhash
 from gradsieve.clock import Progress, silent
 from gradsieve.data import IGNORE, Excluded, Tokens, tokenize
 from gradsieve.data.batches import batches, pad, plan_units
-from gradsieve.data.corrupt import How, corrupt
+from gradsieve.data.corrupt import Corruption
 from gradsieve.errors import InvalidArgument, StoreError
 from gradsieve.gradients.accumulator import Batch, EngineSettings
 from gradsieve.gradients.directions import MeanGradient, References
@@ -135,16 +135,9 @@ class Contrast:
 
 
 def contrast(
-    examples: Sequence[Example],
-    name: str,
-    model: ModelSource,
-    compute: ComputeSettings,
-    how: How,
-    seed: int,
-    template: str | None,
+    corruption: Corruption, name: str, model: ModelSource, compute: ComputeSettings, template: str | None
 ) -> tuple[Contrast, str | None]:
-    """Returns the contrast of a set with its built-in corruption, and a note where some examples had to be left out."""
-    corruption = corrupt(examples, how, seed=seed)
+    """Returns the contrast of a set and its wrong copies, and a note where some examples had to be left out."""
     sides = (
         [
             TokenSet.of(name, side, model.tokenizer, max_length=compute.max_length, chat_template=template)
@@ -160,10 +153,9 @@ def contrast(
     both = sorted(set(sides[0].kept) & set(sides[1].kept))
     right, wrong = (side.restricted(name, [side.kept.index(i) for i in both]) for side in sides)
     right.require_usable(2)
-    left_out = len(examples) - len(both)
-    note = (
-        f"{left_out} of {len(examples)} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
-    )
+    total = len(corruption.pairs) + len(corruption.skipped)
+    left_out = total - len(both)
+    note = f"{left_out} of {total} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
     return Contrast(right, wrong, corruption.how), note if left_out else None
 
 

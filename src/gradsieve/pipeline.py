@@ -16,7 +16,7 @@ import torch
 
 from gradsieve.clock import Clock, Progress, silent
 from gradsieve.data import Excluded, Format, overlap, read_examples
-from gradsieve.data.corrupt import How
+from gradsieve.data.corrupt import Corruption, How, corrupt
 from gradsieve.errors import InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
     ComputeSettings,
@@ -54,7 +54,8 @@ class Job:
         budget: How much to choose: 500 (examples), 5% (of the usable pool) or 200000tok (tokens).
         target: Files with examples of the ability you want; or `demo`.
         anchor: Files with general examples that must not be forgotten, with a category each if there are several; or `demo`.
-        corruption: How wrong copies of anchor and target are made for contrasts; auto decides per category.
+        corrupted: Files with your own wrong copies of anchor or target examples, under the same ids, for contrasts.
+        corruption: How wrong copies are made where `corrupted` has none; auto decides per category.
         format: Shape of the examples: messages, prompt-completion, alpaca, sharegpt; auto looks.
         category_field: Field of an anchor's example that names its ability.
         chat_template: File with a Jinja chat template to use in place of the model's own.
@@ -77,6 +78,7 @@ class Job:
     budget: str = "5%"
     target: tuple[str, ...] = ()
     anchor: tuple[str, ...] = ()
+    corrupted: tuple[str, ...] = ()
     corruption: How = "auto"
     format: Format = "auto"
     category_field: str = "category"
@@ -273,12 +275,14 @@ class _Run:
     clock: Clock = field(default_factory=Clock)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, TokenSet] = field(default_factory=dict)
+    corrupted: dict[str, Example] = field(default_factory=dict)
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
         job, budget = self.job, Budget.parse(self.job.budget)
         with self.clock.stage("reading"):
             examples = self._read(data)
+            self.corrupted = self._read_corrupted(examples)
             if budget.examples is not None and budget.examples > len(examples["pool"]):
                 raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
             if self.out is not None:
@@ -329,7 +333,7 @@ class _Run:
         return examples
 
     def _read_set(self, role: str, data: Data) -> Sequence[Example]:
-        if not isinstance(data, str | Path) and data and isinstance(data[0], Example):
+        if not isinstance(data, str | Path) and isinstance(data[0], Example):
             return data  # type: ignore[return-value]
         files = _names(data)
         built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
@@ -348,6 +352,20 @@ class _Run:
         if dataset.repeated:
             self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
         return dataset.examples
+
+    def _read_corrupted(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Example]:
+        if not self.job.corrupted:
+            return {}
+        copies = {example.id: example for example in self._read_set("corrupted", self.job.corrupted)}
+        originals = {example.id: example for role in ("anchor", "target") for example in examples.get(role, ())}
+        for id, copy in copies.items():
+            if id not in originals:
+                raise InvalidArgument(
+                    f"corrupted must hold copies of anchor or target examples, got {copy.origin} with id {id!r}"
+                )
+            if copy.messages == originals[id].messages:
+                raise InvalidArgument(f"corrupted must differ from its original, got {copy.origin} with the messages of {id!r}")
+        return copies
 
     def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
         if isinstance(model, str) and not model:
@@ -405,7 +423,10 @@ class _Run:
     def _reference_sources(
         self, source: ModelSource, compute: ComputeSettings, template: str | None
     ) -> dict[str, TokenSet | Contrast]:
-        """The sets behind every reference that the method reads; `*` stands for all that can be made."""
+        """The sets behind every reference that the method reads; `*` stands for all that can be made.
+
+        A target's contrast is measured beside the anchor's: it finds wrong answers of the domain itself.
+        """
         found: dict[str, TokenSet | Contrast] = {}
         needs = self.needs
         if "dot/target" in needs:
@@ -418,7 +439,7 @@ class _Run:
                 found[f"anchor:{category}"] = part
             if needs & {"dot/contrast/anchor:*", "dot/contrast/*"}:
                 found[f"contrast/anchor:{category}"] = self._contrast(part, source, compute, template)
-        if "target" in self.sets and needs & {"dot/contrast/target", "dot/contrast/*"}:
+        if "target" in self.sets and any(need.startswith("dot/contrast/") for need in needs):
             found["contrast/target"] = self._contrast(self.sets["target"], source, compute, template)
         for source_set in found.values():
             if isinstance(source_set, TokenSet):
@@ -437,7 +458,13 @@ class _Run:
 
     def _contrast(self, part: TokenSet, source: ModelSource, compute: ComputeSettings, template: str | None) -> Contrast:
         usable = [part.examples[i] for i in part.kept]
-        made, note = contrast(usable, part.name, source, compute, self.job.corruption, self.job.seed, template)
+        given = [(example, self.corrupted[example.id]) for example in usable if example.id in self.corrupted]
+        corruption = (
+            Corruption(given, [example for example in usable if example.id not in self.corrupted], "given")
+            if given
+            else corrupt(usable, self.job.corruption, seed=self.job.seed)
+        )
+        made, note = contrast(corruption, part.name, source, compute, template)
         if note:
             self.notes.append(note)
         return made

@@ -172,11 +172,11 @@ def test_the_bound_can_be_a_share_of_the_mean_risk():
 
 def test_a_bound_that_does_not_bind_is_reported_with_its_cures():
     plain = of([0.9, 0.6, 0.5], [0.0, 0.0, 0.0], dot__anchor=[0.5, 0.1, -0.1])
-    selection = select(plain, 2, anchor="plain")
+    selection = select(plain, 2, against="plain")
     assert selection.trace["lambda"] == 0
     assert selection.rows.tolist() == [0, 1]
     assert noted(selection, "λ not binding")
-    assert noted(selection, "use --anchor contrast, --form filter or a lower --bound")
+    assert noted(selection, "use --against contrast, --form filter or a lower --bound")
     binding = select(of([0.9, 0.6, 0.5], [0.9, 0.1, 0.1]), 1)
     assert binding.trace["lambda"] > 0
     assert not noted(binding, "λ not binding")
@@ -227,9 +227,9 @@ def test_risk_is_the_largest_conflict_with_any_contrast(make_problem):
     }
     contrast = [max(values) for values in zip(*(conflicts[c] for c in conflicts if c != "anchor"), strict=True)]
     assert select(problem, 5).trace["risk"] == pytest.approx(contrast)
-    assert select(problem, 5, anchor="plain").trace["risk"] == pytest.approx(conflicts["anchor"])
+    assert select(problem, 5, against="plain").trace["risk"] == pytest.approx(conflicts["anchor"])
     both = [max(values) for values in zip(contrast, conflicts["anchor"], strict=True)]
-    assert select(problem, 5, anchor="both").trace["risk"] == pytest.approx(both)
+    assert select(problem, 5, against="both").trace["risk"] == pytest.approx(both)
     utility = (columns["dot/target"] / columns["norm"]).tolist()
     assert select(problem, 5).trace["utility"] == pytest.approx(utility)
     references = ["target", "contrast/anchor:knowledge", "contrast/anchor:math", "contrast/target"]
@@ -348,7 +348,7 @@ def test_a_risk_that_is_nearly_always_zero_is_noted():
     assert noted(select(of([0.1] * 20, [0.0] * 19 + [0.3]), 3), "risk is zero for 95% of the candidates")
     assert not noted(select(of([0.1] * 20, [0.0] * 18 + [0.3] * 2), 3), "risk is zero")
     plain = of([0.1] * 20, [0.0] * 20, dot__anchor=[0.5] * 20)
-    assert noted(select(plain, 3, anchor="plain"), "use --anchor contrast")
+    assert noted(select(plain, 3, against="plain"), "use --against contrast")
 
 
 def test_a_broken_contrast_that_is_only_read_if_there_is_refused(make_problem):
@@ -361,7 +361,7 @@ def test_a_broken_contrast_that_is_only_read_if_there_is_refused(make_problem):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"anchor": "math"}, "anchor must be one of contrast, plain, both, got 'math'"),
+        ({"against": "math"}, "against must be one of contrast, plain, both, got 'math'"),
         ({"form": "best"}, "form must be one of top, filter, got 'best'"),
         ({"bound_of": "max"}, "bound_of must be one of percentile, mean, got 'max'"),
         ({"draw": "all"}, "draw must be one of random, diversity, utility, got 'all'"),

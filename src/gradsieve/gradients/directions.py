@@ -64,8 +64,8 @@ class MeanGradient:
         return float(sum(squared_norm(tensor[None]).sum() for tensor in self.tensors.values()))
 
     def minus(self, other: MeanGradient) -> MeanGradient:
-        """Returns the contrast self - other (OGS-10); its noise is the sum of both."""
-        tensors = {name: tensor - other.tensors[name] for name, tensor in self.tensors.items()}
+        """Returns the contrast self - other (OGS-10), emptying `other` to bound the memory; its noise is the sum of both."""
+        tensors = {name: other.tensors.pop(name).neg_().add_(tensor) for name, tensor in self.tensors.items()}
         return MeanGradient(tensors, self.count, self.noise + other.noise)
 
     def facts(self) -> Reference:

@@ -27,7 +27,7 @@ from gradsieve.selectors.ranking import (
 from gradsieve.selectors.reading import check_choice, cosines, matching, reference_notes, require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
-Anchor = Literal["contrast", "plain", "both"]
+Against = Literal["contrast", "plain", "both"]
 Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
@@ -51,7 +51,7 @@ class OGSStatic:
     not picked, and a note says so.
 
     Attributes:
-        anchor: What stands for the abilities to keep. "contrast": every mean difference between right and wrong copies of the
+        against: What stands for the abilities to keep. "contrast": every mean difference between right and wrong copies of the
             same examples that was measured (of anchor categories, and of the target if there is one), which cancels format and
             topic; "plain": the mean gradient of all anchor examples, to which nearly every chat example has a positive cosine;
             "both".
@@ -72,7 +72,7 @@ class OGSStatic:
         bins: Number of length strata of equal size, at least 2; read with stratify "length" only.
     """
 
-    anchor: Anchor = "contrast"
+    against: Against = "contrast"
     form: Form = "top"
     bound: float = 50.0
     bound_of: BoundOf = "percentile"
@@ -87,7 +87,7 @@ class OGSStatic:
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
 
     def __post_init__(self) -> None:
-        check_choice("anchor", self.anchor, Anchor)
+        check_choice("against", self.against, Against)
         check_choice("form", self.form, Form)
         check_choice("bound_of", self.bound_of, BoundOf)
         check_choice("draw", self.draw, Draw)
@@ -105,9 +105,9 @@ class OGSStatic:
         names = {"norm"}
         if self._ranks_by_utility:
             names |= {"dot/target"} | ({"sketch"} if self.center else set())
-        if self.anchor != "plain":
+        if self.against != "plain":
             names.add("dot/contrast/anchor:*")
-        if self.anchor != "contrast":
+        if self.against != "contrast":
             names.add("dot/anchor")
         if self.form == "filter" and self.draw == "diversity":
             names.add("sketch")
@@ -141,7 +141,7 @@ class OGSStatic:
             scores["utility"] = _centred(utility, directions) if self.center and directions is not None else utility
             references = ["target", *references]
         correlation, length_notes = length_check(scores, pool)
-        notes += reference_notes(problem, references) + _zero_risk_note(scores["risk"], self.anchor) + length_notes
+        notes += reference_notes(problem, references) + _zero_risk_note(scores["risk"], self.against) + length_notes
 
         if self.form == "top":
             chosen = self._top(scores, pool, budget)
@@ -154,8 +154,8 @@ class OGSStatic:
         return Selection(chosen.rows, chosen.weights, chosen.scores, trace, (*notes, *chosen.notes))
 
     def _risk_references(self, pool: Gradients) -> list[str]:
-        names = ["anchor"] if self.anchor != "contrast" else []
-        if self.anchor != "plain":
+        names = ["anchor"] if self.against != "contrast" else []
+        if self.against != "plain":
             names += [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
         return names
 
@@ -198,7 +198,7 @@ class OGSStatic:
             ]
         if penalty > 0:
             return []
-        cures = ["--anchor contrast", "--form filter"] if self.anchor == "plain" else ["--form filter"]
+        cures = ["--against contrast", "--form filter"] if self.against == "plain" else ["--form filter"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
             f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
@@ -354,10 +354,10 @@ def _centred(utility: Tensor, directions: Directions) -> Tensor:
     return ((utility - shared * target) / own.sqrt()).where((1 - shared.square() > 1e-6) | utility.isnan(), 0.0)
 
 
-def _zero_risk_note(risk: Tensor, anchor: str) -> list[str]:
+def _zero_risk_note(risk: Tensor, against: str) -> list[str]:
     known = risk[~risk.isnan()]
     share = int((known == 0).sum()) / len(known)
     if not share > 0.9:
         return []
-    cure = "give wrong copies that fail in other ways (--corrupted FILE)" if anchor != "plain" else "use --anchor contrast"
+    cure = "give wrong copies that fail in other ways (--corrupted FILE)" if against != "plain" else "use --against contrast"
     return [f"risk is zero for {share:.0%} of the candidates, so it tells few of them apart; {cure}"]
