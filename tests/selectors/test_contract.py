@@ -23,11 +23,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
     "random": [{"stratify": "length", "bins": 4}],
     "grads": [{"prefer": "proportional"}, {"prefer": "stratified", "bins": 3}, {"prefer": "magnitude", "novelty_weight": 0.0}],
     "ogs-static": [
-        {"anchor": "both", "bound": 20.0},
+        {"against": "both", "bound": 20.0},
         {"bound_of": "mean", "bound": 40.0, "stratify": "length", "bins": 3, "center": True},
         {"form": "filter", "drop": 30.0},
         {"form": "filter", "draw": "diversity"},
-        {"form": "filter", "draw": "utility", "anchor": "plain", "center": True},
+        {"form": "filter", "draw": "utility", "against": "plain", "center": True},
     ],
 }
 CASES = [
