@@ -17,6 +17,9 @@ from gradsieve.selectors import SELECTORS
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "curiosity": [{"rank": 2, "noise": 1.0}],
+    "length": [{"prefer": "short"}],
+    "perplexity": [{"centre": 1.0}],
     "g2is": [{"mode": "paper", "neighbours": 0}, {"explained": 0.9, "neighbours": 3, "on_shortfall": "next-component"}],
     "gradmatch": [{"match": "pool", "lam": 0.0}],
     "pgm": [{"match": "pool", "partitions": 3, "batch": 1, "curve": True}],

@@ -15,18 +15,23 @@ strata, the end of the budget), `directions` (unit sketches with exact products)
 
 from __future__ import annotations
 
+from gradsieve.selectors.curiosity import Curiosity
 from gradsieve.selectors.g2is import G2IS
 from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.grads import GrADS
+from gradsieve.selectors.length import Length
 from gradsieve.selectors.less import LESS
 from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
+from gradsieve.selectors.perplexity import Perplexity
 from gradsieve.selectors.pgm import PGM
 from gradsieve.selectors.uniform import Random
 from gradsieve.types import Selector
 
 SELECTORS: dict[str, type[Selector]] = {
     "random": Random,
+    "length": Length,
+    "perplexity": Perplexity,
     "grads": GrADS,
     "ogs-static": OGSStatic,
     "orth-only": OrthOnly,
@@ -34,6 +39,20 @@ SELECTORS: dict[str, type[Selector]] = {
     "g2is": G2IS,
     "gradmatch": GradMatch,
     "pgm": PGM,
+    "curiosity": Curiosity,
 }
 
-__all__ = ["G2IS", "LESS", "PGM", "SELECTORS", "GrADS", "GradMatch", "OGSStatic", "OrthOnly", "Random"]
+__all__ = [
+    "G2IS",
+    "LESS",
+    "PGM",
+    "SELECTORS",
+    "Curiosity",
+    "GrADS",
+    "GradMatch",
+    "Length",
+    "OGSStatic",
+    "OrthOnly",
+    "Perplexity",
+    "Random",
+]
