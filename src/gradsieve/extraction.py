@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +237,7 @@ def measure_references(
                     progress("references", done, total)
 
             measured[digest] = engine.mean_gradient(counted())
+            _give_back_memory()
         uses[digest] -= 1
         return measured[digest] if uses[digest] else measured.pop(digest)
 
@@ -281,9 +284,18 @@ def fill(
             done += count
             progress(stage, done, total)
         columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+        _give_back_memory()
         store.commit(unit, {"base": torch.cat([block.sketch for block in blocks])}, columns)
         written += store.shard(unit.number).stat().st_size
     return written
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system: batches of ever other shapes leave glibc's heap full of holes, 1 GiB in 20 batches."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> list[Unit]:
