@@ -291,7 +291,7 @@ def fill(
 
 
 def _give_back_memory() -> None:
-    """Returns freed memory to the system: batches of ever other shapes leave glibc's heap full of holes, 1 GiB in 20 batches."""
+    """Returns freed memory to the system: batches of ever other shapes leave glibc's heap full of holes."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
         if trim is not None:
