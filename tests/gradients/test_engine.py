@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import head as head_file
@@ -175,13 +176,13 @@ def test_examples_longer_than_a_run_of_logits_are_exact(
     twin: Any, family: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_file, "LOGIT_FLOATS", positions * twin.vocabulary)
-    monkeypatch.setattr(head_file, "TILE_FLOATS", 32 * 10)  # ten tokens of the vocabulary at a time
+    monkeypatch.setattr(head_file, "TILE_FLOATS", 100)  # a few tokens of the vocabulary at a time
     model = twin.model(family)
     assert_matches_loop(twin, model, "all", chosen_names(model, "all"), twin.rows(LENGTHS), 1e-5)
 
 
 def test_products_are_made_in_pieces_where_a_layer_is_large(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsieve.gradients.accumulator.PRODUCT_FLOATS", 32 * 32 * 3)
+    monkeypatch.setattr("gradsieve.gradients.layers.TILE_FLOATS", 32 * 32 * 2)
     model = twin.model("llama")
     assert_matches_loop(twin, model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-5)
 
@@ -281,10 +282,11 @@ def test_a_contrast_is_a_difference_with_the_noise_of_both(twin: Any) -> None:
     model, rows = twin.model("llama", torch.float64), twin.rows((14, 9, 11, 17))
     with GradientEngine(model) as engine:
         left, right = (engine.mean_gradient([twin.pad(part)]) for part in (rows[:2], rows[2:]))
-        contrast = left.minus(right)
+        expected = {key: tensor - right.tensors[key] for key, tensor in left.tensors.items()}
         noise = left.noise + right.noise
+        contrast = left.minus(right)
         for key, tensor in contrast.tensors.items():
-            assert torch.equal(tensor, left.tensors[key] - right.tensors[key])
+            assert torch.equal(tensor, expected[key])
         assert contrast.facts().count == 2
         assert contrast.facts().signal_share == pytest.approx(1 - noise / contrast.squared_norm())
         references = References.stack({"contrast": contrast, "left": left})
@@ -398,3 +400,72 @@ def test_backward_stops_below_the_lowest_chosen_layer(twin: Any) -> None:
         engine.block(batch)
     assert reached[-1] is True
     assert reached[-2] is False or reached[1] is False
+
+
+@pytest.mark.parametrize("spec", ["linear", "all"])
+def test_bfloat16_stays_near_the_float64_loop(twin: Any, spec: str) -> None:
+    model, rows = twin.model("llama-tied", torch.bfloat16), twin.rows(LENGTHS)
+    names, true, plan = chosen_names(model, spec), twin.naive(model, rows), SketchPlan(256)
+    with GradientEngine(model, EngineSettings(spec, plan, **FULL)) as engine:
+        references = References.stack({"r": engine.mean_gradient([twin.pad(rows)])})
+    assert all(tensor.dtype == torch.bfloat16 for tensor in references.tensors.values())
+    with GradientEngine(model, EngineSettings(spec, plan, **FULL), references) as engine:
+        block = engine.block(twin.pad(rows))
+    r = true.mean(names)
+    length = sum(float(g.square().sum()) for g in r.values()) ** 0.5
+    for z in range(len(rows)):
+        norm = true.norm(z, names)
+        assert block.columns["loss"][z].item() == pytest.approx(true.losses[z], rel=2e-2)
+        assert block.columns["norm"][z].item() == pytest.approx(norm, rel=4e-2)
+        assert (block.sketch[z].double() - true.sketch(z, names, plan)).norm() < 0.1 * norm
+        assert abs(block.columns["dot/r"][z].item() - true.dot(z, r, names) / length) < 4e-2 * norm
+        for end, name in zip(("embedding", "lm_head"), true.ends, strict=True):
+            G = true.gradients[z][name]
+            assert block.columns[f"max/{end}"][z].item() == pytest.approx(G.max().item(), abs=0.05 * G.abs().max().item())
+
+
+def test_a_module_called_twice_adds_up_both_calls(twin: Any) -> None:
+    model = twin.model("llama", torch.float64)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    names = [name for name, _ in model.named_parameters()]
+    assert_matches_loop(twin, model, "all", names, twin.rows(LENGTHS), 1e-11)
+
+
+class Wasteful(LlamaMLP):
+    """Calls a layer once more than the loss depends on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate_proj(torch.ones_like(x))
+        return super().forward(x)
+
+
+class Overwriting(LlamaMLP):
+    """Changes what a layer has read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x.mul_(2)))
+
+
+def test_a_call_the_loss_does_not_depend_on_adds_nothing(twin: Any) -> None:
+    model = twin.model("llama", torch.float64)
+    model.model.layers[1].mlp.__class__ = Wasteful
+    assert_matches_loop(twin, model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-11)
+
+
+@pytest.mark.parametrize("layers", ["none", "extremes"])
+def test_an_input_that_the_model_overwrites_is_an_error(twin: Any, layers: Any) -> None:
+    model = twin.model("llama")
+    model.model.layers[1].mlp.__class__ = Overwriting
+    message = r"input of model\.layers\.1\.mlp\.gate_proj\.weight must stay"
+    with GradientEngine(model, EngineSettings("linear", layers=layers)) as engine, pytest.raises(ModelError, match=message):
+        engine.block(twin.pad(twin.rows(LENGTHS)))
+
+
+def test_an_output_that_the_model_overwrites_is_none(twin: Any) -> None:
+    def double(module: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].mul_(2)
+
+    model = twin.model("llama", torch.float64)
+    model.model.layers[0].register_forward_pre_hook(double)
+    assert_matches_loop(twin, model, "embedding", chosen_names(model, "embedding"), twin.rows(LENGTHS), 1e-11)

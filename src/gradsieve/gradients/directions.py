@@ -22,18 +22,28 @@ class MeanGradient:
         tensors: By parameter name; vectors are [n, 1].
         count: Examples summed (of the first set, for a difference).
         noise: Mean per-example variance over count: the squared length that sampling alone gives the mean.
+        dtype: The model's own precision, that of the products with this direction.
     """
 
     tensors: dict[str, Tensor]
     count: int = 0
     noise: float = 0.0
+    dtype: torch.dtype = torch.float32
     _squares: float = 0.0
 
     @classmethod
     def zeros(cls, shapes: Mapping[str, tuple[int, int]], like: Tensor) -> Self:
         """Returns an empty sum, float32 (float64 for a float64 model)."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return cls({name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()})
+        zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
+        return cls(zeros, dtype=like.dtype)
+
+    def add_product(self, name: str, b: Tensor, a: Tensor) -> None:
+        """Adds Σ_n b_n a_nᵀ, of b [N, d_out] and a [N, d_in]; half precision is added up in float32."""
+        if a.dtype == self.tensors[name].dtype:
+            self.tensors[name].addmm_(b.T, a)
+        else:
+            self.tensors[name] += b.T @ a
 
     def add_norms(self, squares: Tensor, tokens: Tensor) -> None:
         """Counts examples whose gradients were added, by their squared norms and completion tokens, [B] each."""
@@ -66,7 +76,7 @@ class MeanGradient:
     def minus(self, other: MeanGradient) -> MeanGradient:
         """Returns the contrast self - other (OGS-10), emptying `other` to bound the memory; its noise is the sum of both."""
         tensors = {name: other.tensors.pop(name).neg_().add_(tensor) for name, tensor in self.tensors.items()}
-        return MeanGradient(tensors, self.count, self.noise + other.noise)
+        return MeanGradient(tensors, self.count, self.noise + other.noise, self.dtype)
 
     def facts(self) -> Reference:
         """Returns norm, count and signal share."""
@@ -101,11 +111,17 @@ class References:
                 raise InvalidArgument(f"reference {name!r} must have a gradient above 0, got norm {fact.norm}")
         tensors = {}
         for key in list(next(iter(means.values())).tensors) if means else ():
-            tensors[key] = torch.stack([mean.tensors[key] / facts[name].norm for name, mean in means.items()])
+            parts = [(mean.tensors[key] / facts[name].norm).to(_product_dtype(mean.dtype)) for name, mean in means.items()]
+            tensors[key] = torch.stack(parts)
             for mean in means.values():  # the same mean may stand under two names
                 mean.tensors.pop(key, None)
         return cls(tuple(means), tensors, facts)
 
-    def of(self, key: str) -> Tensor | None:
-        """Returns the directions' part of one parameter, [r, d_out, d_in], or None without references."""
-        return self.tensors[key] if self.names else None
+    def of(self, key: str) -> Tensor:
+        """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without references."""
+        return self.tensors[key] if self.names else torch.empty(0, 0, 0)
+
+
+def _product_dtype(model: torch.dtype) -> torch.dtype:
+    """Returns what directions are kept in: bfloat16 for such models; float16 has no room for a unit vector's entries."""
+    return model if model in (torch.bfloat16, torch.float64) else torch.float32

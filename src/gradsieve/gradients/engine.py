@@ -20,6 +20,7 @@ from gradsieve.gradients.accumulator import Accumulator, Batch, Block, EngineSet
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.head import Head, Supervised
 from gradsieve.gradients.parameters import Site, choose_parameters, unwrap
+from gradsieve.gradients.readings import Trial
 
 
 class GradientEngine:
@@ -39,11 +40,11 @@ class GradientEngine:
         self.model: Any = unwrap(model)
         self.sites = choose_parameters(self.model, self.settings.params)
         self.head = Head(self.model)
-        self._tools = Tools(self.settings, self.head, self.model.get_input_embeddings(), self.sites, references)
+        self._tools = Tools(self.settings, self.head, self.model, self.sites, references)
         self._modes: list[tuple[nn.Module, bool]] = []
         self._flags: list[tuple[Tensor, bool]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._pass: Accumulator | None = None
+        self._pass: Accumulator | Trial | None = None
 
     def __enter__(self) -> Self:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -56,7 +57,7 @@ class GradientEngine:
             if module is not self.head.module:
                 self._hooks.append(module.register_forward_hook(self._forward_hook(sites)))
         try:
-            self._check_head()
+            self._try_model()
         except BaseException:
             self.close()
             raise
@@ -110,11 +111,13 @@ class GradientEngine:
             self._pass = None
         return state
 
-    def _check_head(self) -> None:
-        """Compares our logits with the model's own on four tokens, so that an unknown head cannot pass unnoticed."""
+    def _try_model(self) -> None:
+        """Tries the model on four tokens: compares our logits with the model's own, and counts calls."""
         ids = torch.arange(1, 5, device=self.head.module.weight.device)[None]
         with torch.no_grad():
+            self._pass = trial = Trial()
             ours = self.head.logits(self.model.base_model(input_ids=ids, use_cache=False)[0][0])
+            self._pass, self._tools.repeated = None, trial.repeated()
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
         if not theirs.isfinite().all():
             raise ModelError(
@@ -138,6 +141,9 @@ class GradientEngine:
     def _forward_hook(self, sites: list[Site]) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             state = self._pass
+            if isinstance(state, Trial):
+                state.saw(module)
+                return None
             if state is None or state.backward_runs:  # a recomputed forward of activation checkpointing
                 return None
             rows = len(state.batch.input_ids)

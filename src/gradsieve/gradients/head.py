@@ -1,7 +1,9 @@
 """The LM head: loss, its gradient at the hidden states, and the head's own per-example gradient, without B·T·V logits.
 
-Logits exist at supervised positions only, for as many whole examples at once as stay below `LOGIT_FLOATS`; a longer example
-is done in runs of positions for the loss, and in tiles of the vocabulary for its statistics.
+Logits exist at supervised positions only, for as many whole examples at once as stay below `LOGIT_FLOATS`, and become errors
+e = ∂l/∂(W h + bias) in place, a few rows at a time while those are in the cache. A position's weight (1/T_z) is left out of e
+and goes into h instead, which is so much smaller: G_z = Σ_t e_t (w_t h_t)ᵀ. An example too long for one run of positions has
+its errors made again, in tiles of the vocabulary, for what needs all its positions at once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from gradsieve.errors import ModelError
 from gradsieve.gradients.layers import TILE_FLOATS
 
 LOGIT_FLOATS = 1 << 24
+ROWS = 8  # rows of logits turned into errors at once: with 50,000 tokens, they just stay in the second-level cache
 IGNORE = -100
 
 
@@ -68,9 +71,15 @@ class Supervised:
         if first < len(self.example):
             yield first, len(self.example), whole
 
+    def inside(self, first: int, last: int) -> Iterator[tuple[int, slice]]:
+        """Yields (example, its rows counted from `first`) for all examples with positions in [first, last)."""
+        for z, (start, end) in enumerate(self.spans):
+            if max(start, first) < min(end, last):
+                yield z, slice(max(start, first) - first, min(end, last) - first)
+
 
 Errors = Callable[[slice | Tensor], Tensor]
-"""Gives an example's logit errors ∂l/∂logits for a part of the vocabulary (a range, or token ids), [T_z, part]."""
+"""Gives an example's errors e for a part of the vocabulary (a range, or token ids), [T_z, part]."""
 
 
 class Head:
@@ -96,30 +105,28 @@ class Head:
             self.factor = float(config.logit_scale)
         self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        self._memory = torch.empty(0)
 
     def logits(self, hidden: Tensor, vocabulary: slice | Tensor = slice(None)) -> Tensor:
         """Returns the logits of hidden states [N, D] over a part of the vocabulary, float32 (float64 for such models)."""
         bias = self.module.bias[vocabulary] if self.module.bias is not None else None
-        raw = nn.functional.linear(hidden, self.module.weight[vocabulary], bias).to(self.dtype)
-        if self.factor != 1.0:
-            raw = raw.mul_(self.factor)
-        return raw.div_(self.cap).tanh_().mul_(self.cap) if self.cap else raw
+        return self._shaped(nn.functional.linear(hidden, self.module.weight[vocabulary], bias).to(self.dtype))
 
-    def _error(self, logits: Tensor, log_total: Tensor, weight: Tensor, right: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns ∂l/∂(W h + bias), overwriting the logits; `right` holds (row, column) of the targets among them."""
-        slope = (1 - (logits / self.cap).square()).mul_(self.factor) if self.cap else None
-        error = logits.sub_(log_total[:, None]).exp_()
-        error[right] -= 1
-        error.mul_(weight[:, None])
-        if slope is not None:
-            return error.mul_(slope)
-        return error.mul_(self.factor) if self.factor != 1.0 else error
+    def _shaped(self, raw: Tensor) -> Tensor:
+        """Applies f to W h + bias."""
+        if self.factor != 1.0:
+            raw = raw * self.factor
+        return (raw / self.cap).tanh_().mul_(self.cap) if self.cap else raw
+
+    def _slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of f, from its value."""
+        return (1 - (logits / self.cap).square()).mul_(self.factor) if self.cap else self.factor
 
     def backward(
         self,
         hidden: Tensor,
         supervised: Supervised,
-        on_errors: Callable[[int, int, Tensor], None] | None = None,
+        on_run: Callable[[int, int, Tensor, Tensor], None] | None = None,
         on_example: Callable[[int, Tensor, Errors], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns every position's negative log-likelihood and the loss's gradient at the hidden states.
@@ -127,51 +134,72 @@ class Head:
         Args:
             hidden: Hidden states at the supervised positions, [N, D], detached.
             supervised: Where they stand and what they must predict.
-            on_errors: Called with (first, last + 1, errors [run, V]) for every run of positions.
-            on_example: Called once per example with (z, hidden [T_z, D], errors by range of the vocabulary).
+            on_run: Called with (first, last + 1, errors [run, V], weighted hidden states [run, D]) for every run of positions.
+            on_example: Called once per example with positions: (z, weighted hidden states [T_z, D], its errors).
 
         Returns:
             nll [N] (unweighted, nats) and gradient [N, D] in the dtype of `hidden`.
         """
         vocabulary = self.module.weight.shape[0]
         most = max(1, LOGIT_FLOATS // vocabulary)
-        nll = hidden.new_empty(len(hidden), dtype=self.dtype)
-        log_totals = torch.empty_like(nll)
+        nll, log_total = hidden.new_empty(2, len(hidden), dtype=self.dtype)
         gradient = torch.empty_like(hidden)
-        weight = supervised.weight.to(self.dtype)
+        weight = supervised.weight.to(self.dtype)[:, None]
+        weighted = (hidden * weight).to(hidden.dtype) if on_run or on_example else hidden
         for first, last, whole in supervised.runs(most):
             run = slice(first, last)
-            logits = self.logits(hidden[run])
-            target = supervised.target[run]
-            log_totals[run] = logits.logsumexp(1)
-            nll[run] = log_totals[run] - logits.gather(1, target[:, None])[:, 0]
-            rows = torch.arange(last - first, device=hidden.device)
-            error = self._error(logits, log_totals[run], weight[run], (rows, target))
-            torch.mm(error.to(hidden.dtype), self.module.weight, out=gradient[run])
-            if on_errors:
-                on_errors(first, last, error)
+            error = self._logits_in_place(hidden[run])
+            nll[run], log_total[run] = self._errors_in_place(error, supervised.target[run])
+            gradient[run] = (error @ self.module.weight) * weight[run]
+            if on_run:
+                on_run(first, last, error, weighted[run])
             for z in whole if on_example else ():
                 start, end = supervised.spans[z]
-                on_example(z, hidden[start:end], _part_of(error[start - first : end - first]))  # type: ignore[misc]
+                on_example(z, weighted[start:end], _part_of(error[start - first : end - first]))  # type: ignore[misc]
         for z, (start, end) in enumerate(supervised.spans if on_example else ()):
             if end - start > most:
-                on_example(z, hidden[start:end], self._long(hidden, supervised, log_totals, weight, slice(start, end)))  # type: ignore[misc]
+                span = slice(start, end)
+                on_example(z, weighted[span], self._long(hidden[span], supervised.target[span], log_total[span]))  # type: ignore[misc]
         return nll, gradient
 
-    def _long(self, hidden: Tensor, supervised: Supervised, log_totals: Tensor, weight: Tensor, span: slice) -> Errors:
+    def _logits_in_place(self, hidden: Tensor) -> Tensor:
+        """Returns W h + bias [N, V] in reused memory."""
+        shape = len(hidden), self.module.weight.shape[0]
+        if self._memory.numel() < shape[0] * shape[1]:
+            self._memory = hidden.new_empty(shape[0] * shape[1])
+        out = self._memory[: shape[0] * shape[1]].view(shape)
+        torch.mm(hidden, self.module.weight.T, out=out)
+        return out if self.module.bias is None else out.add_(self.module.bias)
+
+    def _errors_in_place(self, raw: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns W h + bias [N, V] into errors; returns each position's negative log-likelihood and log-sum of logits, [N]."""
+        nll, log_total = [], []
+        for part, right in zip(raw.split(ROWS), target.split(ROWS), strict=True):
+            logits = self._shaped(part.to(self.dtype))
+            log_p = torch.log_softmax(logits, 1)
+            nll.append(-log_p.gather(1, right[:, None])[:, 0])
+            log_total.append(nll[-1] + logits.gather(1, right[:, None])[:, 0])
+            error = log_p.exp_().scatter_add_(1, right[:, None], -torch.ones_like(log_p[:, :1]))
+            slope = self._slope(logits)
+            part.copy_(error if isinstance(slope, float) and slope == 1.0 else error.mul_(slope))
+        return torch.cat(nll), torch.cat(log_total)
+
+    def _long(self, hidden: Tensor, target: Tensor, log_total: Tensor) -> Errors:
         """The errors of an example too long to hold them all: made again for each part asked for."""
         vocabulary = torch.arange(self.module.weight.shape[0], device=hidden.device)
 
         def errors(part: slice | Tensor) -> Tensor:
-            row, column = (supervised.target[span, None] == vocabulary[part]).nonzero(as_tuple=True)
-            return self._error(self.logits(hidden[span], part), log_totals[span], weight[span], (row, column))
+            logits = self.logits(hidden, part)
+            error = (logits - log_total[:, None]).exp_()
+            error[(target[:, None] == vocabulary[part]).nonzero(as_tuple=True)] -= 1
+            return error.mul_(self._slope(logits)).to(hidden.dtype)
 
         return errors
 
     def tiles(self, length: int) -> Iterator[slice]:
-        """Yields ranges of the vocabulary whose product with hidden states, [range, D], stays in the cache."""
-        vocabulary, width = self.module.weight.shape
-        step = max(1, min(TILE_FLOATS // width, LOGIT_FLOATS // max(1, length)))
+        """Yields ranges of the vocabulary that keep errors [length, range] in the cache."""
+        vocabulary = self.module.weight.shape[0]
+        step = max(1, TILE_FLOATS // max(1, length))
         for first in range(0, vocabulary, step):
             yield slice(first, min(first + step, vocabulary))
 

@@ -1,11 +1,14 @@
 """One layer's per-example gradient from its input a [B, T, d_in] and output gradient b [B, T, d_out]: G_z = Σ_t b_t a_tᵀ.
 
-Every function here is plain algebra on tensors; which is called when is the engine's business.
+Every function here is plain algebra on tensors; which is called when is decided by counting multiplications (`choose_way`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,41 +17,117 @@ from torch.func import functional_call, vjp, vmap
 from gradsieve.gradients.statistics import Statistics
 
 TILE_FLOATS = 1 << 19  # a product of this many numbers stays in a core's second-level cache
+PRODUCT_FLOATS = 1 << 23  # the products of one layer are made for as many examples at once as stay below this
+
+Memory = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives reused memory of a shape, valid until the next call."""
 
 
-class Memory(Protocol):
-    """Gives reused memory of a shape."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a layer's quantities are taken.
 
-    def buffer(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor: ...
+    Attributes:
+        products: Whether the G_z are formed. Otherwise norms come from Gram matrices over T, and products with a
+            reference R from a Rᵀ.
+        sketch_products: Whether PᵀG_zQ starts from G_z; otherwise from Pᵀb and aQ.
+    """
+
+    products: bool
+    sketch_products: bool
 
 
-def product(a: Tensor, b: Tensor, memory: Memory) -> Tensor:
-    """Returns the per-example gradients themselves, [B, d_out, d_in], valid until the next call with this memory."""
-    return torch.bmm(b.mT, a, out=memory.buffer((len(a), b.shape[2], a.shape[2]), a.dtype)).to(
-        torch.promote_types(a.dtype, torch.float32)
-    )
-
-
-def squared_norm_by_gram(a_gram: Tensor, b: Tensor) -> Tensor:
-    """Returns ‖G_z‖² = Σ_{t,t'} (a_t·a_t')(b_t·b_t') without forming G; float64 [B].
+@lru_cache(maxsize=4096)
+def choose_way(
+    length: int, d_out: int, d_in: int, sharers: int, *, side: int, norm: bool, extremes: bool, references: int, half: bool
+) -> Way:
+    """Returns the cheaper way, by multiplications per example.
 
     Args:
-        a_gram: a aᵀ, [B, T, T]; layers that share an input share it.
-        b: Output gradient [B, T, d_out].
+        length: T.
+        d_out: Rows of G.
+        d_in: Columns of G.
+        sharers: Layers that read this input, and split the work on it.
+        side: k of the k x k sketch, 0 for none.
+        norm: Whether ‖G_z‖ is wanted.
+        extremes: Whether the largest and smallest entries are wanted: there is no way around G_z then.
+        references: Directions to multiply with.
+        half: Whether the products run in half precision. To write and read one entry of G_z was measured to cost as much as
+            about 30 multiplications in float32 and 400 in bfloat16, whose multiplications are so much faster.
     """
-    return (a_gram * torch.bmm(b, b.transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+    entries = d_out * d_in
+    sketch = side * length * (d_out + d_in / sharers)
+    sketch_of_products = side * (entries + side * min(d_out, d_in))
+    products = (length + (400 if half else 30)) * entries + min(sketch, sketch_of_products)
+    around = length**2 * (d_out + d_in / sharers) * norm + references * length * entries + sketch
+    needed = norm or references > 0 or side > 0
+    chosen = extremes or (needed and products < around)
+    return Way(chosen, chosen and sketch_of_products < sketch)
 
 
-def gram_is_cheaper(length: int, d_out: int, d_in: int, sharers: int = 1) -> bool:
-    """Says whether Gram matrices over T need fewer multiplications than G; `sharers` layers split the input's Gram."""
-    return length * (d_out + d_in / sharers) < d_out * d_in
+def product_tiles(a: Tensor, b: Tensor, memory: Memory) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields (examples, output rows, their part of G [b, rows, d_in]), each valid until the next.
+
+    In float32 a tile stays in the cache while everything is taken from it. Half precision gains nothing from tiles: its
+    multiplications are too fast for that.
+    """
+    B, d_out, d_in = len(a), b.shape[2], a.shape[2]
+    most = TILE_FLOATS if a.dtype.itemsize >= 4 and a.device.type == "cpu" else PRODUCT_FLOATS
+    together = max(1, min(B, most // (min(d_out, 64) * d_in)))
+    rows = min(d_out, max(64, most // (together * d_in) // 16 * 16))
+    for first in range(0, B, together):
+        examples = slice(first, min(first + together, B))
+        for begin in range(0, d_out, rows):
+            part = slice(begin, min(begin + rows, d_out))
+            G = memory((examples.stop - first, part.stop - begin, d_in), a.dtype)
+            torch.bmm(b[examples, :, part].mT, a[examples], out=G)
+            yield examples, part, G
 
 
 def squared_norm(G: Tensor) -> Tensor:
-    """Returns the sum of squares per example of G [B, …]: float64 [B]; rows are summed first, which keeps float32 digits."""
-    flat = G.reshape(len(G), -1)
-    width = G.shape[-1]
-    return flat.square().view(len(G), -1, width).sum(2).sum(1, dtype=torch.float64)
+    """Returns the sum of squares per example of G [B, …, d]: float64 [B].
+
+    Row by row in the products' precision, then in float64: a norm over all of a large G at once loses digits.
+    """
+    rows: Tensor = torch.linalg.vector_norm(G.flatten(1, -2), dim=2)
+    return rows.double().square().sum(1)
+
+
+def squared_norm_by_gram(gram: Tensor, b: Tensor) -> Tensor:
+    """Returns ‖G_z‖² = Σ_{t,t'} (a_t·a_t')(b_t·b_t') without forming G; float64 [B].
+
+    Args:
+        gram: a aᵀ, [B, T, T].
+        b: Output gradient [B, T, d_out].
+    """
+    other = torch.bmm(b, b.mT).to(torch.promote_types(b.dtype, torch.float32))
+    return other.mul_(gram).sum(2).sum(1, dtype=torch.float64)
+
+
+def extremes(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the smallest and the largest entry per example of G [B, …], [B] each."""
+    if len(G) > 16:
+        rows = G.flatten(1, -2)
+        return rows.amin(2).amin(1), rows.amax(2).amax(1)
+    pairs = [example.aminmax() for example in G]  # with dim= this is five times slower
+    return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+
+
+def dots(G: Tensor, references: Tensor) -> Tensor:
+    """Returns the products of G [B, n, d] with every reference [r, n, d]: float64 [B, r]."""
+    return (G.flatten(1) @ references.flatten(1).T).double()
+
+
+def dots_around(a: Tensor, b: Tensor, references: Tensor) -> Tensor:
+    """Returns <G_z, R> = Σ_t b_tᵀ R a_t for every reference [r, d_out, d_in] without forming G; float64 [B, r]."""
+    return torch.stack([(torch.matmul(a, R.T).mul_(b)).sum(2).sum(1, dtype=torch.float64) for R in references], 1)
+
+
+def sketch_of(G: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Returns leftᵀ G right [B, k, k] of G [B, n, d], left [n, k], right [d, k]."""
+    if G.shape[1] < G.shape[2]:
+        return torch.matmul(left.T, torch.matmul(G, right))
+    return torch.matmul(torch.matmul(left.T, G), right)
 
 
 def embedding_rows(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,11 +141,11 @@ def embedding_rows(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         example int64 [u], token int64 [u], and the row gradient [u, D] of each distinct (example, token).
     """
     B, T = ids.shape
-    key = ids + torch.arange(B, device=ids.device)[:, None] * (int(ids.max()) + 1)
+    span = int(ids.max()) + 1
+    key = ids + torch.arange(B, device=ids.device)[:, None] * span
     distinct, inverse = key.flatten().unique(return_inverse=True)
     rows = b.new_zeros(len(distinct), b.shape[-1], dtype=torch.promote_types(b.dtype, torch.float32))
     rows.index_add_(0, inverse, b.reshape(B * T, -1).to(rows.dtype))
-    span = int(ids.max()) + 1
     return distinct // span, distinct % span, rows
 
 
@@ -80,20 +159,14 @@ def row_statistics(example: Tensor, rows: Tensor, batch: int, shape: tuple[int, 
         shape: The whole gradient's shape, (V, D).
     """
     own = Statistics(batch, shape[0] * shape[1], rows.device)
-    own.squares.index_add_(0, example, rows.square().sum(1, dtype=torch.float64))
-    own.total.index_add_(0, example, rows.sum(1, dtype=torch.float64))
+    own.squares.index_add_(0, example, torch.linalg.vector_norm(rows, dim=1).double().square())
+    own.total.index_add_(0, example, rows.sum(1).double())
     own.largest.zero_().scatter_reduce_(0, example, rows.amax(1).double(), "amax")
     own.smallest.zero_().scatter_reduce_(0, example, rows.amin(1).double(), "amin")
     full = torch.bincount(example, minlength=batch) == shape[0]
-    if full.any():  # every row was met: no zeros beside them
-        for z in full.nonzero()[:, 0].tolist():
-            own.largest[z], own.smallest[z] = rows[example == z].max(), rows[example == z].min()
+    for z in full.nonzero()[:, 0].tolist():  # every row was met: no zeros beside them
+        own.largest[z], own.smallest[z] = rows[example == z].max(), rows[example == z].min()
     return own
-
-
-def extremes(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the smallest and the largest entry per example of G [B, d_out, d_in], [B] each."""
-    return G.flatten(1).aminmax(dim=1)
 
 
 def module_gradients(module: nn.Module, names: list[str], a: Tensor, b: Tensor) -> list[Tensor]:
