@@ -106,9 +106,9 @@ def _methods(arguments: list[str]) -> int:
 
     from gradsieve.selectors import SELECTORS
 
-    table = Table("method", "reads", "cost", "source", box=None, header_style="bold", pad_edge=False)
+    table = Table("method", "reads", "picks by", "cost", "source", box=None, header_style="bold", pad_edge=False)
     for name, kind in SELECTORS.items():
-        table.add_row(name, *(str(getattr(kind, column, "")) for column in ("reads", "cost", "source")))
+        table.add_row(name, *(str(getattr(kind, column, "")) for column in ("reads", "picks_by", "cost", "source")))
     _console().print(table, highlight=False)
     return 0
 
@@ -204,7 +204,7 @@ def _select_command(kind: type) -> type:
     out = tyro.conf.arg(help="Folder for the results.")
     fields: list[Any] = [
         ("job", Annotated[Job, no_prefix]),
-        ("method", Annotated[kind, no_prefix], dataclasses.field(default_factory=kind)),
+        ("method", Annotated[kind, no_prefix]),
         ("out", Annotated[str, out], dataclasses.field(default="gradsieve-out")),
     ]
     command = dataclasses.make_dataclass("Select", fields, frozen=True)

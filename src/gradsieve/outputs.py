@@ -118,8 +118,8 @@ def page(result: Result) -> Page:
     examples = [by_id[id] for id in result.pool.ids]
     groups, groups_are = _groups(examples)
     return Page(
-        method=name,
-        picks_by=getattr(selector, "reads", "its own score"),
+        method=getattr(selector, "title", name),
+        picks_by=getattr(selector, "picks_by", "its own score"),
         source=getattr(selector, "source", ""),
         settings=dataclasses.asdict(selector),  # type: ignore[call-overload]
         model=result.model.name,

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from gradsieve.clock import Clock, Progress, silent
-from gradsieve.data import Excluded, Format, overlap, read_examples
+from gradsieve.data import Excluded, Format, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, How, corrupt
-from gradsieve.errors import InvalidArgument, StoreMismatch
+from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
     ComputeSettings,
     Contrast,
@@ -300,8 +300,8 @@ class _Run:
         engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
         compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
-        if self.needs <= {"tokens", "completion_tokens"}:
-            return Problem(_without_gradients(self.sets["pool"]))
+        if all(need in ("tokens", "completion_tokens") or need.startswith("meta/") for need in self.needs):
+            return Problem(_without_gradients(self.sets["pool"], self._metadata(self.sets["pool"])))
         return self._gradients(source, compute, template)
 
     def excluded(self, candidates: Gradients) -> list[Excluded]:
@@ -352,6 +352,19 @@ class _Run:
         if dataset.repeated:
             self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
         return dataset.examples
+
+    def _metadata(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
+        """The numbers that come with the examples, for needs of the form `meta/FIELD`."""
+        columns = {}
+        for need in sorted(need for need in self.needs if need.startswith("meta/")):
+            values = []
+            for example in (tokens.examples[i] for i in tokens.kept):
+                value = row_fields(example).get(need.removeprefix("meta/"))
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise DataError(f"{example.origin}: field {need[5:]!r} must be a number for {self.name}, got {value!r}")
+                values.append(float(value))
+            columns[need] = torch.tensor(values, dtype=torch.float64)
+        return columns
 
     def _read_corrupted(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Example]:
         if not self.job.corrupted:
@@ -470,8 +483,9 @@ class _Run:
         return made
 
     def _view(self, store: GradientStore, tokens: TokenSet) -> Gradients:
-        lengths = torch.tensor(tokens.lengths, dtype=torch.float64)
-        view = store.view(tokens.ids, tokens.keys, {"tokens": lengths})
+        extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
+        extra |= self._metadata(tokens) if tokens.name == "pool" else {}
+        view = store.view(tokens.ids, tokens.keys, extra)
         finite = torch.stack([column.isfinite() for column in view.columns.values()]).all(0)
         if finite.all():
             return view
@@ -479,14 +493,14 @@ class _Run:
         if not rows:
             raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
         keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
-        return store.view(*keep, {"tokens": lengths[finite]})
+        return store.view(*keep, {name: column[finite] for name, column in extra.items()})
 
 
-def _without_gradients(tokens: TokenSet) -> Gradients:
+def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -> Gradients:
     """Returns the rows of a method that reads no gradient: ids and token counts."""
     supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
     columns = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
-    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), columns)
+    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**columns, **metadata})
 
 
 def _reads(need: str, role: str) -> bool:

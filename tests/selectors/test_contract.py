@@ -84,7 +84,7 @@ class Reblocked:
 def test_it_is_a_selector_and_says_what_it_is(name, method):
     assert isinstance(method, Selector)
     assert isinstance(method.needs, frozenset)
-    for fact in (method.reads, method.cost, method.source):
+    for fact in (method.title, method.picks_by, method.reads, method.cost, method.source):
         assert isinstance(fact, str)
         assert fact
     with pytest.raises(dataclasses.FrozenInstanceError):

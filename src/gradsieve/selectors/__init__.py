@@ -1,9 +1,11 @@
 """The methods: a `Problem` and a `Budget` go in, a `Selection` comes out.
 
 One paper, one file, one frozen dataclass whose fields are its hyper-parameters, command-line flags and YAML keys, and
-whose docstring is their help. `SELECTORS` is the only registry; a method in it is under the contract tests. Beside
-`needs` and `select` (see `gradsieve.types.Selector`) each class states, for the table that `gradsieve methods` prints:
+whose docstring is their help. Beside `needs` and `select` (see `gradsieve.types.Selector`) each class states, for the report
+and the table that `gradsieve methods` prints:
 
+    title     the name as its authors spell it
+    picks_by  what it goes by, to end the sentence "GrADS picks by …"
     reads     what it looks at, in words
     cost      its order in n candidates, m targets, d sketch size, k chosen, c checkpoints
     source    the paper it comes from

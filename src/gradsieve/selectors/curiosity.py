@@ -48,6 +48,8 @@ class Curiosity:
     rank: int = 16
     noise: float = 0.1
 
+    title: ClassVar[str] = "Curiosity"
+    picks_by: ClassVar[str] = "how much new information about the target's directions each further example brings"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
     cost: ClassVar[str] = "O(n d r + k n) and lazy gains of O(r²)"
     source: ClassVar[str] = "after Struckmeier et al. 2021"

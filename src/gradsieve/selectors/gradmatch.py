@@ -48,6 +48,8 @@ class GradMatch:
     lam: float = 0.5
     tolerance: float = 1e-4
 
+    title: ClassVar[str] = "GRAD-MATCH"
+    picks_by: ClassVar[str] = "how well the weighted sum of the chosen gradients matches the gradient to be matched"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
     cost: ClassVar[str] = "O(n d k + k² d)"
     source: ClassVar[str] = "Killamsetty et al. 2021, arXiv:2103.00123"

@@ -69,6 +69,11 @@ class GrADS:
     bins: int = 10
     statistics: bool = False
 
+    title: ClassVar[str] = "GrADS"
+    picks_by: ClassVar[str] = (
+        "how typical an example's embedding and head gradients are, how far it is from the pool's mean, "
+        "and how little it resembles what is already chosen"
+    )
     reads: ClassVar[str] = "embedding and LM-head norms (exact), sketch"
     cost: ClassVar[str] = "O(ndk) at most; density O(n²), O(n) above 10,000"
     source: ClassVar[str] = "GrADS, arXiv:2511.08620"

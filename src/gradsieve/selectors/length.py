@@ -30,6 +30,8 @@ class Length:
 
     prefer: Prefer = "long"
 
+    title: ClassVar[str] = "Length"
+    picks_by: ClassVar[str] = "length"
     reads: ClassVar[str] = "completion_tokens"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "Zhao et al. 2024, arXiv:2402.04833"

@@ -38,6 +38,8 @@ class LESS:
 
     rates: tuple[float, ...] = ()
 
+    title: ClassVar[str] = "LESS"
+    picks_by: ClassVar[str] = "how much an example's gradient resembles those of the target examples"
     reads: ClassVar[str] = "target cosines (sketch)"
     cost: ClassVar[str] = "O((n + m) d c)"
     source: ClassVar[str] = "Xia et al. 2024, arXiv:2402.04333"

@@ -30,6 +30,8 @@ class Metadata:
     column: str
     prefer: Prefer = "high"
 
+    title: ClassVar[str] = "Metadata"
+    picks_by: ClassVar[str] = "a number that comes with the examples"
     reads: ClassVar[str] = "a number that comes with the examples (meta/NAME)"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "Laï-king & Paroubek 2024, arXiv:2409.02725"

@@ -82,6 +82,10 @@ class OGSStatic:
     stratify: Stratify = "none"
     bins: int = 10
 
+    title: ClassVar[str] = "OGS (static)"
+    picks_by: ClassVar[str] = (
+        "agreement of an example's gradient with the target, held against its conflict with general abilities"
+    )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
     cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd)"
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"

@@ -27,6 +27,8 @@ class OrthOnly:
         (none): The method has no hyper-parameters.
     """
 
+    title: ClassVar[str] = "Orth only"
+    picks_by: ClassVar[str] = "how nearly orthogonal an example's gradient is to that of the anchor"
     reads: ClassVar[str] = "anchor cosine (exact)"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "ablation of OGS, arXiv:2602.06359"

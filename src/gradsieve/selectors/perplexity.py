@@ -29,6 +29,8 @@ class Perplexity:
 
     centre: float = 0.5
 
+    title: ClassVar[str] = "Perplexity"
+    picks_by: ClassVar[str] = "how surprising the model finds the answer, from the middle of the pool outwards"
     reads: ClassVar[str] = "loss"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "Marion et al. 2023, arXiv:2309.04564"

@@ -54,6 +54,8 @@ class PGM:
     tolerance: float = 1e-4
     curve: bool = False
 
+    title: ClassVar[str] = "PGM"
+    picks_by: ClassVar[str] = "how well weighted mini-batches match a gradient, part by part of the pool"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
     cost: ClassVar[str] = "O(n d + n d k / (b² D))"
     source: ClassVar[str] = "Mittal et al. 2022, arXiv:2210.16892"

@@ -27,6 +27,8 @@ class Random:
     stratify: Stratify = "none"
     bins: int = 10
 
+    title: ClassVar[str] = "Random"
+    picks_by: ClassVar[str] = "chance alone"
     reads: ClassVar[str] = "nothing (tokens, if stratified)"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "baseline"
