@@ -24,11 +24,17 @@ if TYPE_CHECKING:
     from gradsieve.pipeline import Job as Job
     from gradsieve.pipeline import Result as Result
     from gradsieve.pipeline import select as select
+    from gradsieve.selectors import G2IS as G2IS
     from gradsieve.selectors import LESS as LESS
+    from gradsieve.selectors import PGM as PGM
     from gradsieve.selectors import SELECTORS as SELECTORS
+    from gradsieve.selectors import Curiosity as Curiosity
+    from gradsieve.selectors import GradMatch as GradMatch
     from gradsieve.selectors import GrADS as GrADS
+    from gradsieve.selectors import Length as Length
     from gradsieve.selectors import OGSStatic as OGSStatic
     from gradsieve.selectors import OrthOnly as OrthOnly
+    from gradsieve.selectors import Perplexity as Perplexity
     from gradsieve.selectors import Random as Random
     from gradsieve.types import ArrayGradients as ArrayGradients
     from gradsieve.types import Budget as Budget
@@ -47,7 +53,10 @@ _HOME = {
         "StoreCorrupt", "StoreError", "StoreMismatch",
     ),
     "gradsieve.pipeline": ("Job", "Result", "select"),
-    "gradsieve.selectors": ("SELECTORS", "GrADS", "LESS", "OGSStatic", "OrthOnly", "Random"),
+    "gradsieve.selectors": (
+        "G2IS", "LESS", "PGM", "SELECTORS", "Curiosity", "GrADS", "GradMatch", "Length", "OGSStatic", "OrthOnly", "Perplexity",
+        "Random",
+    ),
     "gradsieve.types": (
         "ArrayGradients", "Budget", "Example", "Gradients", "Problem", "Reference", "Selection", "Selector",
     ),
