@@ -145,8 +145,10 @@ def allowed_flags(words: list[str]) -> set[str]:
     command = words[0]
     if command == "select":
         method = words[1] if len(words) > 1 else "METHOD"
-        own = flags_of(method_class(method)) if method in SELECTORS else set()
-        assert method in SELECTORS or method in ("METHOD", "package.module:Class"), f"there is no method {method}"
+        if method in ("METHOD", "package.module:Class"):
+            own = set()
+        else:
+            own = flags_of(method_class(method))  # an error that names the method, where there is none
         return flags_of(Job) | own | {"--out", "--config", "--help"}
     known = {"demo": flags_of(Demo), "extract": flags_of(Job) | {"--config"}, "replay": flags_of(Replay)}
     return known.get(command, set()) | {"--help"}

@@ -105,7 +105,9 @@ def test_a_folder_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
-def test_any_flipped_bit_is_found_and_the_shard_recomputed(tmp_path_factory: pytest.TempPathFactory, rng: random.Random) -> None:
+def test_any_flipped_bit_is_found_and_the_shard_recomputed(
+    tmp_path_factory: pytest.TempPathFactory, rng: random.Random
+) -> None:
     store = GradientStore(tmp_path_factory.mktemp("flip") / "s", manifest())
     fill(store, keys(7))
     whole = content(store)
