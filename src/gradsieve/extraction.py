@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from gradsieve.errors import InvalidArgument, StoreError
 from gradsieve.gradients.accumulator import Batch, EngineSettings
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.memory import Trimmer
 from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit
 from gradsieve.store.manifest import write_atomically
@@ -219,6 +218,7 @@ def measure_references(
         for side in _sides(source):
             uses[side.digest()] += 1
     total, done = sum(sum(side.lengths) for side in sets.values()), 0
+    trim = Trimmer()
     measured: dict[str, MeanGradient] = {}
     means: dict[str, MeanGradient] = {}
 
@@ -235,9 +235,9 @@ def measure_references(
                     yield batch
                     done += count
                     progress("references", done, total)
+                    trim()
 
             measured[digest] = engine.mean_gradient(counted())
-            _give_back_memory()
         uses[digest] -= 1
         return measured[digest] if uses[digest] else measured.pop(digest)
 
@@ -277,25 +277,18 @@ def fill(
     cost = {key: len(t.input_ids) for key, t in tokens.items()}
     total, done, written = sum(cost[key] for unit in pending for key in unit.keys), 0, 0
     stage = f"gradients of the {examples.name}"
+    trim = Trimmer()
     for unit in pending:
         blocks = []
         for batch, count in token_batches([tokens[key] for key in unit.keys], compute.batch_tokens, compute.device):
             blocks.append(engine.block(batch))
             done += count
             progress(stage, done, total)
+            trim()
         columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in blocks[0].columns}
-        _give_back_memory()
         store.commit(unit, {"base": torch.cat([block.sketch for block in blocks])}, columns)
         written += store.shard(unit.number).stat().st_size
     return written
-
-
-def _give_back_memory() -> None:
-    """Returns freed memory to the system: batches of ever other shapes leave glibc's heap full of holes."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-        if trim is not None:
-            trim(0)
 
 
 def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> list[Unit]:
