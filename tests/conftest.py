@@ -30,6 +30,14 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
+@pytest.fixture(autouse=True)
+def _stores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without a folder keep their gradients below the test's own, not in the user's cache; the demo model is shared."""
+    from gradsieve import pipeline
+
+    monkeypatch.setattr(pipeline, "cache_dir", lambda: tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama of 30,000 parameters and its tokenizer."""

@@ -17,6 +17,7 @@ import torch
 from gradsieve.clock import Clock, Progress, silent
 from gradsieve.data import Excluded, Format, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, How, corrupt
+from gradsieve.demo import cache_dir
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
     ComputeSettings,
@@ -69,7 +70,8 @@ class Job:
         batch_tokens: Tokens in one batch; lower it if memory runs out.
         unit_tokens: Tokens in one shard of the store: what a kill can cost at most.
         seed: Seed of everything random.
-        store: Folder for gradients, shared by runs with the same settings; `store` inside the output folder by default.
+        store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
+            without one, a folder of the cache (`$GRADSIEVE_CACHE`, `~/.cache/gradsieve`).
         trust_remote_code: Let the tokenizer run code that comes with it.
     """
 
@@ -389,7 +391,7 @@ class _Run:
 
     def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
         references = self._reference_sources(source, compute, template)
-        root = Path(self.job.store) if self.job.store else (self.out / "store" if self.out else Path(tempfile.mkdtemp()))
+        root = self._store_folder(manifest(source, compute, references).fingerprint)
         stores: dict[str, GradientStore] = {}
         pending = {}
         needed = ["pool", *(role for role in ("target", "anchor") if f"{role}s" in self.needs)]
@@ -410,6 +412,12 @@ class _Run:
             facts = self._fill(model, compute, references, stores, pending) or facts
         views = {role: self._view(stores[role], self.sets[role]) for role in needed}
         return Problem(views["pool"], views.get("target"), views.get("anchor"), facts)
+
+    def _store_folder(self, fingerprint: str) -> Path:
+        """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
+        if self.job.store:
+            return Path(self.job.store)
+        return self.out / "store" if self.out else cache_dir() / "stores" / fingerprint
 
     def _fill(
         self,
