@@ -37,6 +37,7 @@ def test_select_writes_the_folder_and_says_where(
     assert cli.run(["select", "less", *flags(tiny_model, write_data, tmp_path / "o")]) == 0
     shown = capsys.readouterr().out
     assert "less chose 4 of 20 examples." in shown
+    assert "pool: 20 examples, read as prompt-completion" in shown
     assert f"{tmp_path / 'o' / 'selected.jsonl'}" in shown
     assert len((tmp_path / "o" / "selected.jsonl").read_text().splitlines()) == 4
     assert cli.run(["replay", str(tmp_path / "o" / "run.json")]) == 0

@@ -317,6 +317,9 @@ class _terminal:
 def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
     console = _console()
     selection = result.selection
+    for role, shape in result.formats.items():
+        examples = f"{len(result.sets[role].examples)} examples, " if role in result.sets else ""
+        console.print(f"{role}: {examples}read as {shape}", markup=False, highlight=False)
     for note in (*result.notes, *selection.notes):
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if demo_table:

@@ -210,6 +210,7 @@ def _record(result: Result) -> dict[str, Any]:
         "inputs": {
             role: {
                 "files": [_absolute(file) for file in job[role]],
+                "format": result.formats.get(role),
                 "examples": len(part.examples),
                 "usable": len(part.kept),
                 "digest": xxhash.xxh3_128_hexdigest(b"\n".join(example.raw for example in part.examples)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,8 +38,6 @@ from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve
 from gradsieve.selectors import SELECTORS
 from gradsieve.store import GradientStore
 from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector
-
-log = logging.getLogger(__name__)
 
 Data = str | Path | Sequence[str | Path] | Sequence[Example]
 
@@ -109,6 +106,7 @@ class Result:
         pool: The usable pool's gradients as the method saw them.
         examples: The chosen examples, best first.
         sets: Every set of examples that was read, by role.
+        formats: The shape that files were read as, by role.
         excluded: Examples of the pool that could not be used.
         references: Facts about the reference directions.
         notes: What the user must know beside the selection's own notes.
@@ -122,6 +120,7 @@ class Result:
     pool: Gradients
     examples: list[Example]
     sets: Mapping[str, TokenSet]
+    formats: Mapping[str, str]
     excluded: Sequence[Excluded]
     references: Mapping[str, Reference]
     notes: tuple[str, ...]
@@ -225,6 +224,7 @@ def select(
         pool=problem.candidates,
         examples=[by_id[problem.candidates.ids[row]] for row in selection.rows.tolist()],
         sets=run.sets,
+        formats=run.formats,
         excluded=run.excluded(problem.candidates),
         references=problem.references,
         notes=tuple(run.notes),
@@ -277,6 +277,7 @@ class _Run:
     clock: Clock = field(default_factory=Clock)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, TokenSet] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     corrupted: dict[str, Example] = field(default_factory=dict)
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
@@ -348,7 +349,7 @@ class _Run:
             return demo_set(role, int(size) if size else None, self.job.seed)
         dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
         self.notes += dataset.notes
-        log.info("%s: %d examples, read as %s", role, len(dataset.examples), dataset.format)
+        self.formats[role] = dataset.format
         if not dataset.examples:
             raise InvalidArgument(f"{role} must hold at least one example, got none in {', '.join(files)}")
         if dataset.repeated:
