@@ -19,7 +19,7 @@ from gradsieve.data.batches import batches, pad, plan_units
 from gradsieve.data.corrupt import Corruption
 from gradsieve.errors import InvalidArgument, StoreError
 from gradsieve.gradients.accumulator import Batch, EngineSettings
-from gradsieve.gradients.directions import MeanGradient, References
+from gradsieve.gradients.directions import MeanGradient, References, UnitDirection
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.memory import Trimmer
 from gradsieve.models import ModelSource, tokenizer_hash
@@ -220,7 +220,7 @@ def measure_references(
     total, done = sum(sum(side.lengths) for side in sets.values()), 0
     trim = Trimmer()
     measured: dict[str, MeanGradient] = {}
-    means: dict[str, MeanGradient] = {}
+    units: dict[str, UnitDirection] = {}
 
     def mean(side: TokenSet, engine: GradientEngine) -> MeanGradient:
         nonlocal done
@@ -244,10 +244,10 @@ def measure_references(
     with GradientEngine(model, compute.engine) as engine:
         for name, source in sources.items():
             if isinstance(source, TokenSet):
-                means[name] = mean(source, engine)
+                units[name] = UnitDirection.of(name, mean(source, engine))
             else:
-                means[name] = mean(source.right, engine).minus(mean(source.wrong, engine))
-    return References.stack(means)
+                units[name] = UnitDirection.of(name, mean(source.right, engine).minus(mean(source.wrong, engine)))
+    return References.of_units(units)
 
 
 def _sides(source: TokenSet | Contrast) -> tuple[TokenSet, ...]:

@@ -163,6 +163,7 @@ class Accumulator:
         self._cells = torch.zeros(B, k, k, dtype=tools.dtype, device=tools.device)
         self._dots = torch.zeros(B, len(self.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(B, dtype=torch.float64, device=tools.device)
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._calls: dict[nn.Module, list[Call]] = {}
         self._recent: deque[Reading] = deque()
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
@@ -179,6 +180,15 @@ class Accumulator:
                 columns |= statistics.columns(EXTREMES if self.tools.extremes else MOMENTS, group)
         columns |= {f"dot/{name}": self._dots[:, i] for i, name in enumerate(self.references.names)}
         return Block(self.tools.fold(self._cells), columns)
+
+    def release(self) -> None:
+        """Takes the hooks off the graph: they hold this object, which holds tensors of the graph, a whole batch in a circle."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self._calls.clear()
+        self._recent.clear()
+        self._cross.clear()
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -199,9 +209,10 @@ class Accumulator:
 
     def _settle(self, reading: Reading) -> None:
         """Lets a tensor go that all readers have read, where its projection and Gram matrix are all that is wanted of it."""
-        if any(self._needs_tensor(call) for call in reading.calls):
+        calls, reading.calls = reading.calls, []  # they point back at the reading, and would keep it alive
+        if any(self._needs_tensor(call) for call in calls):
             return
-        sites = [site for call in reading.calls for site in call.sites if site.kind in ("matrix", "transposed")]
+        sites = [site for call in calls for site in call.sites if site.kind in ("matrix", "transposed")]
         if sites:
             a = self._by_example(sites[0], reading.tensor, sites[0].shape[1])
             self._project(reading, a)

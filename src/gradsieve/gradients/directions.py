@@ -38,12 +38,13 @@ class MeanGradient:
         zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
         return cls(zeros, dtype=like.dtype)
 
-    def add_product(self, name: str, b: Tensor, a: Tensor) -> None:
-        """Adds Σ_n b_n a_nᵀ, of b [N, d_out] and a [N, d_in]; half precision is added up in float32."""
-        if a.dtype == self.tensors[name].dtype:
-            self.tensors[name].addmm_(b.T, a)
+    def add_product(self, name: str, b: Tensor, a: Tensor, part: slice = slice(None)) -> None:
+        """Adds Σ_n b_n a_nᵀ to some rows of a tensor; b is [N, d_out], a [N, d_in]. Half precision is added up in float32."""
+        tensor = self.tensors[name][part]
+        if a.dtype == tensor.dtype:
+            tensor.addmm_(b.T, a)
         else:
-            self.tensors[name] += b.T @ a
+            tensor += b.T @ a
 
     def add_norms(self, squares: Tensor, tokens: Tensor) -> None:
         """Counts examples whose gradients were added, by their squared norms and completion tokens, [B] each."""
@@ -85,8 +86,34 @@ class MeanGradient:
 
 
 @dataclass(frozen=True, eq=False)
+class UnitDirection:
+    """One reference as it is kept: r/‖r‖ in the type of the products, half the size of the mean for a bfloat16 model.
+
+    Attributes:
+        tensors: By parameter name, [d_out, d_in].
+        fact: What is known about the direction.
+    """
+
+    tensors: dict[str, Tensor]
+    fact: Reference
+
+    @classmethod
+    def of(cls, name: str, mean: MeanGradient) -> UnitDirection:
+        """Returns the unit direction of a mean gradient.
+
+        Raises:
+            InvalidArgument: The mean gradient is zero.
+        """
+        fact = mean.facts()
+        if not fact.norm > 0:
+            raise InvalidArgument(f"reference {name!r} must have a gradient above 0, got norm {fact.norm}")
+        dtype = _product_dtype(mean.dtype)
+        return cls({key: (tensor / fact.norm).to(dtype) for key, tensor in mean.tensors.items()}, fact)
+
+
+@dataclass(frozen=True, eq=False)
 class References:
-    """Unit directions, stacked per parameter so that one product serves them all.
+    """UnitDirection directions, stacked per parameter so that one product serves them all.
 
     Attributes:
         names: r names.
@@ -105,17 +132,18 @@ class References:
         Raises:
             InvalidArgument: A mean gradient is zero.
         """
-        facts = {name: mean.facts() for name, mean in means.items()}
-        for name, fact in facts.items():
-            if not fact.norm > 0:
-                raise InvalidArgument(f"reference {name!r} must have a gradient above 0, got norm {fact.norm}")
+        units = {name: UnitDirection.of(name, mean) for name, mean in means.items()}
+        for mean in means.values():  # the same mean may stand under two names
+            mean.tensors.clear()
+        return cls.of_units(units)
+
+    @classmethod
+    def of_units(cls, units: Mapping[str, UnitDirection]) -> References:
+        """Returns the stack of unit directions, emptying them parameter by parameter."""
         tensors = {}
-        for key in list(next(iter(means.values())).tensors) if means else ():
-            parts = [(mean.tensors[key] / facts[name].norm).to(_product_dtype(mean.dtype)) for name, mean in means.items()]
-            tensors[key] = torch.stack(parts)
-            for mean in means.values():  # the same mean may stand under two names
-                mean.tensors.pop(key, None)
-        return cls(tuple(means), tensors, facts)
+        for key in list(next(iter(units.values())).tensors) if units else ():
+            tensors[key] = torch.stack([unit.tensors.pop(key) for unit in units.values()])
+        return cls(tuple(units), tensors, {name: unit.fact for name, unit in units.items()})
 
     def of(self, key: str) -> Tensor:
         """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without references."""
