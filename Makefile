@@ -19,7 +19,7 @@ demo: $(STAMP)  ## The main job on a real 135M model and a medical pool.
 	$(BIN)/gradsieve demo
 
 test: $(STAMP)  ## All tests, on all cores.
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks

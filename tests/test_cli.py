@@ -131,7 +131,12 @@ def test_interrupting_leaves_a_state_to_go_on_from(tiny_model: Path, write_data:
         "--target", str(target), "--dim", "256", "--dtype", "float32", "--unit-tokens", "300", "--out", str(tmp_path / "o"),
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits a deaf ear
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "o").glob("store/pool/shards/0*.safetensors")):
