@@ -86,6 +86,12 @@ def test_a_case_solved_by_hand():
     assert selection.trace["energy"] == pytest.approx(1)
 
 
+def test_noise_is_a_share_of_the_mean_square_in_the_targets_directions():
+    selection = run(Curiosity(noise=0.4), problem_of([[1.0, 1.0], [2.0, 0.0]], [[1.0, 0.0]]), 1)  # ‖x‖² is 1/2 and 1
+    assert selection.scores.tolist() == pytest.approx([math.log(1 + 0.5 / 0.3), math.log(1 + 1 / 0.3)], abs=1e-6)
+    assert selection.trace["information"] == pytest.approx([math.log(1 + 1 / 0.3)], abs=1e-6)
+
+
 def test_only_the_targets_directions_count():
     G = [[1.0, 0.0, 3.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     selection = run(Curiosity(), problem_of(G, [[1.0, 0.0, 0.0]]), 3)

@@ -211,6 +211,13 @@ def test_a_candidate_that_was_inconsistent_keeps_its_place_in_the_fallback_order
     assert component.via == ["start", "fallback", "fallback"]
 
 
+def test_a_candidate_that_is_first_in_the_fallback_order_is_asked_until_it_fits():
+    # row 1 has the largest product left from the first step on, and turns the sum too far until all others are taken
+    G = [[-0.8, 0.0, 1.7], [0.0, 0.6, 0.6], [-0.9, 0.6, 0.5], [0.5, 2.1, 2.6], [-1.3, 0.3, 2.1]]
+    (component,) = walked(G, [[1.0, 0.0, 0.0]], [5], width=1)
+    assert component.rows == [3, 0, 4, 2, 1]
+
+
 def test_a_conflict_holds_for_its_component_only():
     G = [[1.0, 0.0], [-0.5, 1.0], [0.9, 0.1]]
     done = walked(G, [[1.0, 0.0], [0.0, 1.0]], [3, 1])
@@ -246,6 +253,13 @@ def test_the_components_are_those_of_scikit_learn(make_problem):
             pca = PCA(n_components=explained).fit(T.double().numpy())
             assert np.allclose(V, pca.components_, atol=1e-6)
             assert np.allclose(share, pca.explained_variance_ratio_ / pca.explained_variance_ratio_.sum())
+
+
+def test_directions_that_explain_exactly_the_share_are_not_enough_as_in_scikit_learn():
+    T = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 0.0]])
+    V, share = core_knowledge(T, "paper", 0.5)
+    assert len(V) == PCA(n_components=0.5, svd_solver="full").fit(T.double().numpy()).n_components_ == 2
+    assert share.tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_aligned_components_are_uncentred_and_point_towards_the_target(make_problem):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from gradsieve.selectors.dense import squared_norms
-from gradsieve.selectors.omp import match_gradient
+from gradsieve.selectors.omp import _Pursuit, match_gradient
 
 
 def nnls_omp_naive(G, b, k, ridge):
@@ -29,6 +29,26 @@ def nnls_omp_naive(G, b, k, ridge):
         w = nnls(A, np.concatenate([b, np.zeros(len(rows))]))[0]
         r = b - G[rows].T @ w
     return rows, w
+
+
+def nnls_omp_refilling_naive(G, b, k, ridge):
+    """The same, but rows whose weight reaches zero leave, and free their place for another; gives the picks too."""
+    rows, w, r, picks = [], np.zeros(0), b, []
+    while len(rows) < k:
+        c = G @ r
+        c[rows] = -np.inf
+        best = int(
+            np.argmax(c >= c.max() - 1e-9 * np.linalg.norm(G, axis=1).max() * np.linalg.norm(r))
+        )  # equal rows: the first
+        if c[best] <= 1e-5 * np.linalg.norm(G[best]) * np.linalg.norm(r):
+            break
+        picks.append(best)
+        rows.append(best)
+        A = np.vstack([G[rows].T, math.sqrt(ridge) * np.eye(len(rows))])
+        w = nnls(A, np.concatenate([b, np.zeros(len(rows))]))[0]
+        rows, w = [row for row, weight in zip(rows, w, strict=True) if weight > 0], w[w > 0]
+        r = b - G[rows].T @ w
+    return rows, w, picks
 
 
 def published_naive(G, b, k, ridge, tolerance=1e-4):
@@ -103,17 +123,17 @@ def test_with_the_papers_ridge_it_is_worse_than_the_published_rule_where_that_sk
     assert ratios[-1] < 1.02
 
 
-def test_its_picks_are_those_of_the_plain_pursuit_while_no_weight_reaches_zero():
-    agreed = 0
+def test_its_picks_and_weights_are_those_of_a_pursuit_that_solves_every_refit_from_scratch():
+    lost = 0
     for seed in range(100):
         G, b, k = instance(seed)
         ours = solve(G, b, k, 1.0)
-        if len(ours.picks) == len(ours.rows):
-            rows, w = nnls_omp_naive(G, b, k, 1.0)
-            assert ours.rows.tolist() == rows
-            assert np.allclose(ours.weights, w, rtol=1e-5)
-            agreed += 1
-    assert agreed > 20
+        rows, w, picks = nnls_omp_refilling_naive(G, b, k, 1.0)
+        assert ours.picks == picks, seed
+        assert ours.rows.tolist() == rows
+        assert np.allclose(ours.weights, w, rtol=1e-5)
+        lost += len(picks) - len(rows)
+    assert lost > 100
 
 
 @pytest.mark.parametrize("ridge", [0.0, 3.0])
@@ -145,6 +165,21 @@ def test_a_draft_that_was_wrong_is_taken_back_with_its_drops_and_its_stop():
         assert drafted.error == pytest.approx(plain.error, abs=1e-9)
         lost += len(plain.picks) - len(plain.rows)
     assert lost > 0
+
+
+def test_right_drafts_are_kept(monkeypatch):
+    taken_back = []
+    monkeypatch.setattr(_Pursuit, "_take_back", lambda self, j: taken_back.append(j))
+    torch.manual_seed(0)
+    G, b = torch.randn(300, 20) + 1, torch.ones(20, dtype=torch.float64)
+    for ridge in (0.0, 100.0):
+        match_gradient(G, b, 30, ridge=ridge, shortlist=299)
+    assert not taken_back
+
+
+def test_products_that_differ_by_rounding_are_ties():
+    G = torch.tensor([[1.0, 0.0], [1.0000001, 0.0], [0.5, 0.0]])
+    assert match_gradient(G, torch.tensor([1.0, 0.0], dtype=torch.float64), 1, ridge=1.0).rows.tolist() == [0]
 
 
 def test_a_case_solved_by_hand():

@@ -320,7 +320,6 @@ class _Support:
         L21 = K21 @ Q11.T
         L22 = torch.linalg.cholesky(self._K[first:t, first:t] - L21 @ L21.T)
         Q22 = torch.linalg.solve_triangular(L22, torch.eye(t - first, dtype=torch.float64), upper=False)
-        self._Q[:, first:] = 0
         self._Q[first:t, first:t] = Q22
         self._Q[first:t, :first] = -Q22 @ L21 @ Q11
 
