@@ -87,7 +87,6 @@ def walk(
         One entry per component. O(kd) for a candidate that is asked for, and one sort of n a component.
     """
     used = directions.zero.clone()
-    squares = _squares(directions)
     done, left = [], 0.0
     for k, own in zip(products.T, budgets, strict=True):
         budget = own + left
@@ -95,7 +94,7 @@ def walk(
         if budget <= 0:
             done.append(Component(budget, [], [], "budget"))
             continue
-        done.append(_Walk(directions, k, squares, used, by_id, delta).run(budget, neighbours, price))
+        done.append(_Walk(directions, k, used, by_id, delta).run(budget, neighbours, price))
         used[done[-1].rows] = True
         if done[-1].stop == "price" or (done[-1].stop == "constraints" and on_shortfall == "next-component"):
             left = budget - float(price[done[-1].rows].sum())
@@ -108,7 +107,6 @@ class _Walk:
 
     directions: Directions
     products: Tensor
-    squares: Tensor
     used: Tensor
     by_id: Tensor
     delta: float
@@ -119,6 +117,7 @@ class _Walk:
         self.struck = self.used.clone()
         self.seen = torch.zeros(n, dtype=torch.long)  # how many of the picks are in `dots`
         self.dots = torch.zeros(n, dtype=torch.float64)  # <Σ over these, g_n>
+        self.squares = torch.zeros(n, dtype=torch.float64)  # ‖g_n‖² of rows that were asked for: 1 but for rounding
         self.chosen = torch.empty(16, self.directions.gradients.dim, dtype=torch.float64)
         self.sum_square, self.sum_product = 0.0, 0.0  # ‖Σ‖², <Σ, k>
         order = self.by_id[~self.struck[self.by_id]]
@@ -166,8 +165,10 @@ class _Walk:
             if start == t:
                 continue
             for some in rows[self.seen[rows] == start].split(4096):
-                P = self.directions.rows(some) @ self.chosen[start:t].T
+                U = self.directions.rows(some)
+                P = U @ self.chosen[start:t].T
                 self.struck[some] |= (P < 0).any(1)
+                self.squares[some] = U.square().sum(1)
                 self.dots[some] += P.sum(1)
                 self.seen[some] = t
 
@@ -181,8 +182,9 @@ class _Walk:
         t = len(self.rows)
         if t == len(self.chosen):
             self.chosen = torch.cat([self.chosen, torch.empty_like(self.chosen)])
-        self.chosen[t] = self.directions.rows(torch.tensor([pick]))[0]
-        self.sum_square += float(2 * self.dots[pick] + self.squares[pick])
+        g = self.directions.rows(torch.tensor([pick]))[0]
+        self.chosen[t] = g
+        self.sum_square += float(2 * self.dots[pick] + g @ g)
         self.sum_product += float(self.products[pick])
         self.rows.append(pick)
         self.struck[pick] = True
@@ -203,10 +205,3 @@ def _growing(rows: Tensor, first: int = 8) -> Iterator[Tensor]:
     while start < len(rows):
         yield rows[start : start + size]
         start, size = start + size, min(4 * size, 16_384)
-
-
-def _squares(directions: Directions) -> Tensor:
-    squares = torch.empty(len(directions.zero), dtype=torch.float64)
-    for rows, U in directions.blocks():
-        squares[rows] = U.square().sum(1)
-    return squares
