@@ -81,13 +81,7 @@ def test_every_example_is_scored_or_excluded_with_its_reason(write_data: Write, 
 
 
 def test_an_example_whose_gradient_is_not_finite_is_excluded(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer("Q")["input_ids"][0]] = torch.nan
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model, tokenizer = broken_model(tiny_model)
     pool = write_data("pool", 8)
     pool.write_text(pool.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
     result = gs.select(
@@ -96,6 +90,47 @@ def test_an_example_whose_gradient_is_not_finite_is_excluded(write_data: Write, 
     )  # fmt: skip
     assert [(e.id, "not finite" in e.reason) for e in result.excluded] == [("bad", True)]
     assert "bad" not in result.pool.ids
+
+
+def broken_model(tiny_model: Path) -> tuple[torch.nn.Module, object]:
+    """The tiny model with a NaN at the letter Q."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("Q")["input_ids"][0]] = torch.nan
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model, tokenizer
+
+
+def test_a_target_whose_gradient_is_not_finite_is_noted(write_data: Write, tiny_model: Path) -> None:
+    model, tokenizer = broken_model(tiny_model)
+    target = write_data("target", 4)
+    target.write_text(target.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
+    pool = str(write_data("pool", 8))
+    result = gs.select("less", model=model, tokenizer=tokenizer, pool=pool, target=str(target), budget="2", dim=256)
+    assert "1 of the target's gradients are not finite and were left out" in result.notes
+
+
+def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    common = {"model": str(tiny_model), "budget": "3", "store": str(store), **SMALL}
+    gs.select("ogs-static", **data, **common)
+    shard = max((store / "pool" / "shards").iterdir())
+    shard.unlink()
+    with pytest.raises(StoreMismatch, match="must be finished with the references it was begun with"):
+        gs.select("grads", pool=data["pool"], **common)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(Path(data["pool"]).read_text().splitlines(keepends=True)[:-1]))
+    common["store"] = str(tmp_path / "plain")
+    gs.select("grads", pool=data["pool"], **common)
+    for part in (tmp_path / "plain" / "pool" / "shards").iterdir():
+        part.unlink()
+    with pytest.raises(gs.StoreError, match="must be finished with the examples it was begun with"):
+        gs.select("grads", pool=str(fewer), **common)
 
 
 def test_batch_size_and_order_do_not_change_the_scores(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
@@ -172,6 +207,57 @@ def test_a_store_serves_methods_that_need_less_and_refuses_others(
         gs.select("grads", store=store, **(common | {"dim": 1024}))
     with pytest.raises(StoreMismatch, match=r"references\.anchor absent in the store"):
         gs.select("orth-only", store=store, **common)
+
+
+def test_a_reused_store_shows_only_the_references_asked_for(
+    data: dict[str, str], tiny_model: Path, write_data: Write, tmp_path: Path
+) -> None:
+    code = str(write_data("code", 6, category="code"))
+    settings = {"form": "filter", "draw": "random", "drop": 50.0}
+    common = {"model": str(tiny_model), "pool": data["pool"], "budget": "6", "settings": settings, **SMALL}
+    store = str(tmp_path / "store")
+    gs.select("ogs-static", target=data["target"], anchor=(data["anchor"], code), store=store, **common)
+    reused = gs.select("ogs-static", anchor=data["anchor"], store=store, **common)
+    alone = gs.select("ogs-static", anchor=data["anchor"], store=str(tmp_path / "other"), **common)
+    assert reused.selection.trace["references"] == ["contrast/anchor:arithmetic"]
+    assert set(reused.references) == {"contrast/anchor:arithmetic"}
+    assert [e.id for e in reused.examples] == [e.id for e in alone.examples]
+
+
+def test_what_is_left_out_or_cut_is_noted(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    target = Path(data["target"])
+    target.write_text(target.read_text() + json.dumps({"id": "long", "prompt": "x" * 400, "completion": "y"}) + "\n")
+    common = {"model": str(tiny_model), "pool": data["pool"], "target": str(target), "budget": "5", **SMALL}
+    notes = gs.select("less", max_length=300, **common).notes
+    assert any("1 of 7 examples of the target could not be used" in note and "300" in note for note in notes)
+    assert not any("cut" in note for note in notes)
+    cut = gs.select("less", max_length=100, **common)
+    count = sum(tokens.truncated for tokens in cut.sets["pool"].tokens)
+    assert count > 0
+    assert any(f"{count} of 24 examples of the pool are longer than 100 tokens and were cut" in note for note in cut.notes)
+
+
+def test_examples_in_memory_need_unique_ids(tiny_model: Path) -> None:
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    twice = [gs.Example("x", turns, b"{}", "memory:1"), gs.Example("x", turns, b"{}", "memory:2")]
+    with pytest.raises(InvalidArgument, match=r"pool must have unique ids, got 'x' at memory:1 and memory:2"):
+        gs.select("grads", model=str(tiny_model), pool=twice, budget="1", **SMALL)
+    with pytest.raises(InvalidArgument, match="pool must be files or examples, not both"):
+        gs.select("grads", model=str(tiny_model), pool=[twice[0], "pool.jsonl"], budget="1", **SMALL)
+
+
+def test_replay_works_from_another_folder(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsieve.outputs import replay
+
+    monkeypatch.chdir(tiny_model.parent)
+    (tmp_path / "template.jinja").write_text((tiny_model / "chat_template.jinja").read_text())
+    template = os.path.relpath(tmp_path / "template.jinja")
+    common = {"pool": data["pool"], "target": data["target"], "budget": "3", "chat_template": template, **SMALL}
+    gs.select("less", model=tiny_model.name, out=tmp_path / "a", **common)
+    monkeypatch.chdir(tmp_path)
+    assert len(replay(tmp_path / "a" / "run.json", tmp_path / "b").examples) == 3
 
 
 def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit
 from gradsieve.store.manifest import write_atomically
 from gradsieve.types import Example, Reference
-
-log = logging.getLogger(__name__)
 
 ENGINE_VERSION = 1  # raised whenever the numbers of a row change
 
@@ -78,6 +75,21 @@ class TokenSet:
         if len(self.kept) < least:
             why = f"; the first: {self.excluded[0].reason}" if self.excluded else ""
             raise InvalidArgument(f"{self.name} must hold at least {least} usable examples, got {len(self.kept)}{why}")
+
+    def remarks(self, max_length: int) -> list[str]:
+        """Returns what the user must know of examples left out or cut; the pool's exclusions have a file of their own."""
+        remarks = list(self.notes)
+        if self.excluded and self.name != "pool":
+            remarks.append(
+                f"{len(self.excluded)} of {len(self.examples)} examples of the {self.name} could not be used; the first, "
+                f"{self.excluded[0].id}: {self.excluded[0].reason}"
+            )
+        if cut := sum(tokens.truncated for tokens in self.tokens):
+            remarks.append(
+                f"{cut} of {len(self.examples)} examples of the {self.name} are longer than {max_length} tokens and were cut "
+                "at the end; raise --max-length to keep them whole"
+            )
+        return remarks
 
     def restricted(self, name: str, positions: Sequence[int]) -> TokenSet:
         """Returns the usable examples at `positions` (into `kept`) as a set of their own."""
@@ -132,7 +144,6 @@ class Contrast:
 
     right: TokenSet
     wrong: TokenSet
-    how: str
 
 
 def contrast(
@@ -152,12 +163,13 @@ def contrast(
             f"{name} must have answers that {corruption.how!r} can corrupt, got none; choose another --corruption"
         )
     both = sorted(set(sides[0].kept) & set(sides[1].kept))
-    right, wrong = (side.restricted(name, [side.kept.index(i) for i in both]) for side in sides)
+    at = [{position: i for i, position in enumerate(side.kept)} for side in sides]
+    right, wrong = (side.restricted(name, [own[position] for position in both]) for side, own in zip(sides, at, strict=True))
     right.require_usable(2)
     total = len(corruption.pairs) + len(corruption.skipped)
     left_out = total - len(both)
     note = f"{left_out} of {total} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
-    return Contrast(right, wrong, corruption.how), note if left_out else None
+    return Contrast(right, wrong), note if left_out else None
 
 
 def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, TokenSet | Contrast]) -> Manifest:

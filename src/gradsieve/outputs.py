@@ -205,7 +205,7 @@ def _record(result: Result) -> dict[str, Any]:
         "gradsieve": __version__,
         "date": _now(),
         "method": {"name": name, "settings": dataclasses.asdict(selector)},  # type: ignore[call-overload]
-        "job": {key: value for key, value in job.items() if key not in result.sets},
+        "job": {key: _from_anywhere(key, value) for key, value in job.items() if key not in result.sets},
         "model": {"name": result.model.name, "weights": result.model.weights, "live": result.model.live is not None},
         "inputs": {
             role: {
@@ -229,6 +229,14 @@ def _record(result: Result) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(result.job.device),
     }
+
+
+def _from_anywhere(key: str, value: Any) -> Any:
+    """A field of the job with its paths made absolute, so that the run can be replayed from another folder."""
+    if key == "corrupted":
+        return [_absolute(file) for file in value]
+    is_path = (key == "chat_template" and value is not None) or (key == "model" and Path(value).is_dir())
+    return _absolute(value) if is_path else value
 
 
 def _absolute(file: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -292,13 +292,12 @@ class _Run:
                 _require_writable(self.out)
         with self.clock.stage("tokens"):
             self.source = source = self._find_model(model, tokenizer)
-            device = resolve_device(job.device)
-            dtype = _dtype_of(source.live) if source.live is not None else resolve_dtype(job.dtype, device)
+            device, dtype = self._where(source)
             template = _read_template(job.chat_template)
             for role, part in examples.items():
                 tokens = TokenSet.of(role, part, source.tokenizer, max_length=job.max_length, chat_template=template)
                 tokens.require_usable()
-                self.notes += [note for note in tokens.notes if note not in self.notes]
+                self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
                 self.sets[role] = tokens
         engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
         compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
@@ -336,8 +335,8 @@ class _Run:
         return examples
 
     def _read_set(self, role: str, data: Data) -> Sequence[Example]:
-        if not isinstance(data, str | Path) and isinstance(data[0], Example):
-            return data  # type: ignore[return-value]
+        if not isinstance(data, str | Path) and any(isinstance(part, Example) for part in data):
+            return _from_memory(role, data)
         files = _names(data)
         built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
         if any(built_in):
@@ -388,6 +387,14 @@ class _Run:
             raise InvalidArgument("--model must name a folder, a hub id or `demo`, got none")
         return find_model(model, tokenizer, trust_remote_code=self.job.trust_remote_code)
 
+    def _where(self, source: ModelSource) -> tuple[str, torch.dtype]:
+        """Returns device and compute type: those of a model object where there is one, else what the job asks for."""
+        if source.live is not None:
+            weight = next(source.live.parameters())
+            return str(weight.device), weight.dtype
+        device = resolve_device(self.job.device)
+        return device, resolve_dtype(self.job.dtype, device)
+
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
@@ -400,7 +407,7 @@ class _Run:
             wanted = manifest(source, compute, references if role == "pool" else {})
             stores[role] = GradientStore(root / role, reusable(root / role, wanted))
             pending[role] = stores[role].pending(plan(stores[role], self.sets[role], compute))
-        facts: Mapping[str, Reference] = read_facts(stores["pool"])
+        facts = read_facts(stores["pool"])
         if any(pending.values()):
             extra = set(stores["pool"].manifest.settings["references"]) - set(references)
             if pending["pool"] and extra:
@@ -410,9 +417,10 @@ class _Run:
                 )
             with self.clock.stage("loading the model"):
                 model = source.load(compute.dtype, compute.device)
-            facts = self._fill(model, compute, references, stores, pending) or facts
-        views = {role: self._view(stores[role], self.sets[role]) for role in needed}
-        return Problem(views["pool"], views.get("target"), views.get("anchor"), facts)
+            facts |= self._fill(model, compute, references, stores, pending)
+        views = {role: self._view(stores[role], self.sets[role], references) for role in needed}
+        shown = {name: fact for name, fact in facts.items() if name in references}
+        return Problem(views["pool"], views.get("target"), views.get("anchor"), shown)
 
     def _store_folder(self, fingerprint: str) -> Path:
         """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
@@ -491,18 +499,22 @@ class _Run:
             self.notes.append(note)
         return made
 
-    def _view(self, store: GradientStore, tokens: TokenSet) -> Gradients:
+    def _view(self, store: GradientStore, tokens: TokenSet, references: Collection[str]) -> Gradients:
+        """The finite rows of a store, with products of the references that were asked for: it may hold those of other runs."""
+        hidden = {f"dot/{name}" for name in store.manifest.settings["references"] if name not in references}
         extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
         extra |= self._metadata(tokens) if tokens.name == "pool" else {}
-        view = store.view(tokens.ids, tokens.keys, extra)
+        view = store.view(tokens.ids, tokens.keys, extra, hidden)
         finite = torch.stack([column.isfinite() for column in view.columns.values()]).all(0)
         if finite.all():
             return view
         rows = finite.nonzero()[:, 0].tolist()
         if not rows:
             raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
+        if tokens.name != "pool":  # the pool's are in excluded.jsonl
+            self.notes.append(f"{len(view.ids) - len(rows)} of the {tokens.name}'s gradients are not finite and were left out")
         keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
-        return store.view(*keep, {name: column[finite] for name, column in extra.items()})
+        return store.view(*keep, {name: column[finite] for name, column in extra.items()}, hidden)
 
 
 def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -> Gradients:
@@ -515,6 +527,21 @@ def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -
 def _reads(need: str, role: str) -> bool:
     """Says whether a need cannot be met without the examples of this role."""
     return need == f"{role}s" or need.startswith((f"dot/{role}", f"dot/contrast/{role}"))
+
+
+def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:
+    """Returns examples that the caller made, once it is sure that each is one and that ids tell them apart."""
+    if not all(isinstance(part, Example) for part in data):
+        raise InvalidArgument(f"{role} must be files or examples, not both; write the examples to a file first")
+    first: dict[str, Example] = {}
+    for example in data:
+        if example.id in first:
+            there = first[example.id].origin
+            raise InvalidArgument(
+                f"{role} must have unique ids, got {example.id!r} at {there} and {example.origin}; rename one"
+            )
+        first[example.id] = example
+    return data
 
 
 def _refuse_overlap(role: str, examples: Sequence[Example], other: str, others: Sequence[Example]) -> None:
@@ -543,7 +570,3 @@ def _require_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise InvalidArgument(f"out must be a folder one can write to, got {out}: {error.strerror}; name another") from None
-
-
-def _dtype_of(model: torch.nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype

@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -232,7 +233,8 @@ class Budget:
 
     def __str__(self) -> str:
         if self.share is not None:
-            return f"{self.share:.6%}".rstrip("%").rstrip("0").rstrip(".") + "%"
+            percent = Decimal(f"{self.share * 100:.12g}")  # 12 digits: 7 %, not 7.000000000000001 %
+            return f"{percent.normalize():f}%"
         return f"{self.tokens}tok" if self.tokens is not None else str(self.examples)
 
     def limit(self, candidates: Gradients) -> int:

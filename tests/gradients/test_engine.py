@@ -469,3 +469,40 @@ def test_an_output_that_the_model_overwrites_is_none(twin: Any) -> None:
     model = twin.model("llama", torch.float64)
     model.model.layers[0].register_forward_pre_hook(double)
     assert_matches_loop(twin, model, "embedding", chosen_names(model, "embedding"), twin.rows(LENGTHS), 1e-11)
+
+
+def test_a_batch_is_let_go_without_the_garbage_collector(monkeypatch):
+    import gc
+    import weakref
+
+    from gradsieve.gradients import accumulator, engine
+
+    kept = []
+
+    class Watched(accumulator.Accumulator):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept.append(weakref.ref(self))
+
+        def saw(self, *arguments):
+            call = super().saw(*arguments)
+            kept.append(weakref.ref(call.reading))
+            return call
+
+    monkeypatch.setattr(engine, "Accumulator", Watched)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    ids = torch.arange(1, 11).view(2, 5)
+    batch = Batch(ids, ids.clone())
+    gc.collect()
+    gc.disable()
+    try:
+        with GradientEngine(LlamaForCausalLM(config), EngineSettings(params="all")) as opened:
+            opened.block(batch)
+            opened.mean_gradient([batch])
+            alive = [reference() for reference in kept if reference() is not None]
+    finally:
+        gc.enable()
+    assert len(kept) > 20
+    assert alive == []

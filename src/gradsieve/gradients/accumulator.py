@@ -163,7 +163,6 @@ class Accumulator:
         self._cells = torch.zeros(B, k, k, dtype=tools.dtype, device=tools.device)
         self._dots = torch.zeros(B, len(self.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(B, dtype=torch.float64, device=tools.device)
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._calls: dict[nn.Module, list[Call]] = {}
         self._recent: deque[Reading] = deque()
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
@@ -180,15 +179,6 @@ class Accumulator:
                 columns |= statistics.columns(EXTREMES if self.tools.extremes else MOMENTS, group)
         columns |= {f"dot/{name}": self._dots[:, i] for i, name in enumerate(self.references.names)}
         return Block(self.tools.fold(self._cells), columns)
-
-    def release(self) -> None:
-        """Takes the hooks off the graph: they hold this object, which holds tensors of the graph, a whole batch in a circle."""
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-        self._calls.clear()
-        self._recent.clear()
-        self._cross.clear()
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

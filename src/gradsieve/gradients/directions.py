@@ -113,7 +113,7 @@ class UnitDirection:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """UnitDirection directions, stacked per parameter so that one product serves them all.
+    """Unit directions, stacked per parameter so that one product serves them all.
 
     Attributes:
         names: r names.

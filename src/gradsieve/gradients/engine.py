@@ -109,7 +109,6 @@ class GradientEngine:
             state.finish()
         finally:
             self._pass = None
-            state.release()
         return state
 
     def _try_model(self) -> None:
@@ -154,7 +153,7 @@ class GradientEngine:
             if len(output) == 1 < rows:  # learned positions, looked up once and broadcast: each example gets its own
                 watched = watched.expand(rows, *output.shape[1:])
             call = state.saw(module, sites, args[0])
-            state.hooks.append(watched.register_hook(lambda gradient: state.receive(call, gradient)))
+            watched.register_hook(lambda gradient: state.receive(call, gradient))
             return watched if watched is not output else None
 
         return hook

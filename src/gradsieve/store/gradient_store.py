@@ -11,7 +11,7 @@ know yet get a further plan; examples that are no longer asked for stay, and are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,24 +160,38 @@ class GradientStore:
                 problems.append(str(error))
         return problems
 
-    def view(self, ids: Sequence[str], keys: Sequence[bytes], extra: Mapping[str, Tensor] | None = None) -> StoredGradients:
+    def view(
+        self,
+        ids: Sequence[str],
+        keys: Sequence[bytes],
+        extra: Mapping[str, Tensor] | None = None,
+        hidden: Collection[str] = (),
+    ) -> StoredGradients:
         """Returns the gradients of these examples, in this order.
 
         Args:
             ids: One per row.
             keys: Example hash per row; rows may share one.
             extra: Further columns, float64 [n], that do not come from the model.
+            hidden: Columns of the store not to show.
 
         Raises:
             StoreError: An example is not in the store.
         """
-        return StoredGradients(self, ids, keys, extra or {})
+        return StoredGradients(self, ids, keys, extra or {}, hidden)
 
 
 class StoredGradients:
     """`Gradients` on disk: columns are in memory, sketches are read shard by shard."""
 
-    def __init__(self, store: GradientStore, ids: Sequence[str], keys: Sequence[bytes], extra: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        store: GradientStore,
+        ids: Sequence[str],
+        keys: Sequence[bytes],
+        extra: Mapping[str, Tensor],
+        hidden: Collection[str] = (),
+    ) -> None:
         place = {key: (unit.number, i) for unit in store.units() for i, key in enumerate(unit.keys)}
         try:
             found = np.array([place[key] for key in keys], dtype=np.int64).reshape(-1, 2)
@@ -195,6 +209,8 @@ class StoredGradients:
             if not path.exists():
                 raise StoreError(f"{path} must exist, got nothing; run the extraction again")
             for name, values in read_tensors(path, "column/").items():
+                if name in hidden:
+                    continue
                 column = self.columns.setdefault(name, torch.full((len(keys),), torch.nan, dtype=torch.float64))
                 column[rows] = values[self._local[rows]]
             if not self.checkpoints:

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsieve.errors import InvalidArgument
+from gradsieve.types import ArrayGradients, Budget
+
+
+@given(st.floats(1e-9, 100, allow_nan=False))
+def test_a_budget_survives_being_written(percent: float) -> None:
+    budget = Budget(share=percent / 100)
+    assert Budget.parse(str(budget)).share == pytest.approx(budget.share, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"), [("5%", "5%"), ("12.5%", "12.5%"), ("500", "500"), ("1_000tok", "1000tok"), ("100%", "100%")]
+)
+def test_a_budget_is_written_as_it_was_read(text: str, written: str) -> None:
+    assert str(Budget.parse(text)) == written
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "5.5", "ten", "101%", "0%", "0tok", ""])
+def test_a_budget_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="budget must"):
+        Budget.parse(text)
+
+
+def test_a_budget_never_pays_for_more_than_it_has() -> None:
+    pool = ArrayGradients(["a", "b", "c"], torch.zeros(3, 2), {"tokens": torch.tensor([4.0, 3.0, 5.0])})
+    order = torch.tensor([2, 1, 0])
+    assert Budget.parse("2").take(order, pool).tolist() == [2, 1]
+    assert Budget.parse("67%").take(order, pool).tolist() == [2, 1]
+    assert Budget.parse("8tok").take(order, pool).tolist() == [2, 1]
+    assert Budget.parse("7tok").take(order, pool).tolist() == [2]
+    for text in ("4", "13tok", "2tok", "20%"):
+        with pytest.raises(InvalidArgument, match="budget must"):
+            Budget.parse(text).take(order, pool)
+
+
+def test_a_matrix_becomes_gradients_with_unit_references() -> None:
+    G, r = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0.0, 10.0])
+    pool = ArrayGradients.from_matrix(G, references={"anchor": r})
+    assert pool.columns["norm"].tolist() == [5.0, 2.0]
+    assert pool.columns["dot/anchor"].tolist() == [4.0, 2.0]
+    with pytest.raises(InvalidArgument, match="positive norm"):
+        ArrayGradients.from_matrix(G, references={"anchor": torch.zeros(2)})
+    with pytest.raises(InvalidArgument, match="ids must be unique"):
+        ArrayGradients(["a", "a"], G)
