@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradsieve.pipeline import select as select
     from gradsieve.selectors import G2IS as G2IS
     from gradsieve.selectors import LESS as LESS
+    from gradsieve.selectors import OGS as OGS
     from gradsieve.selectors import PGM as PGM
     from gradsieve.selectors import SELECTORS as SELECTORS
     from gradsieve.selectors import Curiosity as Curiosity
@@ -54,8 +55,8 @@ _HOME = {
     ),
     "gradsieve.pipeline": ("Job", "Result", "select"),
     "gradsieve.selectors": (
-        "G2IS", "LESS", "PGM", "SELECTORS", "Curiosity", "GrADS", "GradMatch", "Length", "OGSStatic", "OrthOnly", "Perplexity",
-        "Random",
+        "G2IS", "LESS", "OGS", "PGM", "SELECTORS", "Curiosity", "GrADS", "GradMatch", "Length", "OGSStatic", "OrthOnly",
+        "Perplexity", "Random",
     ),
     "gradsieve.types": (
         "ArrayGradients", "Budget", "Example", "Gradients", "Problem", "Reference", "Selection", "Selector",

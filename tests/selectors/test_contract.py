@@ -17,6 +17,10 @@ from gradsieve.selectors import SELECTORS
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "ogs": [
+        {"constraint": "loss", "fidelity": "linear", "order": "random"},
+        {"constraint": "risk", "epsilon": 0.05, "against": "both", "clusters": 2, "batch": 3},
+    ],
     "curiosity": [{"rank": 2, "noise": 1.0}],
     "length": [{"prefer": "short"}],
     "perplexity": [{"centre": 1.0}],
@@ -33,8 +37,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
         {"form": "filter", "draw": "utility", "against": "plain", "center": True},
     ],
 }
+QUICK: dict[str, dict[str, Any]] = {"ogs": {"updates": 1, "episodes": 2}}  # defaults that would only take time
 CASES = [
-    pytest.param(name, method(**settings), id="-".join([name, *map(str, settings.values())]))
+    pytest.param(name, method(**QUICK.get(name, {}) | settings), id="-".join([name, *map(str, settings.values())]))
     for name, method in SELECTORS.items()
     for settings in [{}, *VARIANTS.get(name, [])]
 ]

@@ -23,6 +23,7 @@ from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.grads import GrADS
 from gradsieve.selectors.length import Length
 from gradsieve.selectors.less import LESS
+from gradsieve.selectors.ogs import OGS
 from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
 from gradsieve.selectors.perplexity import Perplexity
@@ -35,6 +36,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "length": Length,
     "perplexity": Perplexity,
     "grads": GrADS,
+    "ogs": OGS,
     "ogs-static": OGSStatic,
     "orth-only": OrthOnly,
     "less": LESS,
@@ -47,6 +49,7 @@ SELECTORS: dict[str, type[Selector]] = {
 __all__ = [
     "G2IS",
     "LESS",
+    "OGS",
     "PGM",
     "SELECTORS",
     "Curiosity",

@@ -1,0 +1,111 @@
+"""What an OGS selection says of itself: the numbers for the report, and the sentences the user must read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsieve.selectors.ogs_policy import Trained
+from gradsieve.selectors.ogs_simulator import Simulator
+
+Prediction = tuple[float, float]
+"""Reward and cost of a subset in the simulator."""
+
+RULES = {"threshold": "at the same bound", "ogs-static": "with its own bound"}
+
+
+def trace(
+    sim: Simulator,
+    trained: Trained,
+    predicted: dict[str, Prediction],
+    rows: Tensor,
+    columns: dict[str, Tensor],
+    general: list[bool],
+) -> dict[str, Any]:
+    """Returns the numbers for the report.
+
+    Args:
+        sim: The world.
+        trained: The policy.
+        predicted: What the simulator says of each subset.
+        rows: What was chosen.
+        columns: `utility`, `anchor_cosine`, `risk`: float64 [n].
+        general: Per cluster whether it holds replay examples.
+    """
+    chosen = torch.zeros(len(columns["utility"]), dtype=torch.bool).index_fill(0, rows, True)
+    clusters = [
+        {"replay": is_general, "rows": len(members), "drawn": int(chosen[members].sum())}
+        | {name: float(values[members].mean()) for name, values in columns.items()}
+        for members, is_general in zip(sim.draws.rows, general, strict=True)
+    ]
+    run = trained.run
+    return {
+        "utility": columns["utility"].tolist(),
+        "risk": columns["risk"].tolist(),
+        "training": dict(trained.history),
+        "steps": {"cluster": list(run.clusters), "reward": list(run.rewards), "cost": list(run.costs)},
+        "clusters": clusters,
+        "simulated": {name: {"reward": reward, "cost": cost} for name, (reward, cost) in predicted.items()},
+        "replay_share": sum(c["drawn"] for c in clusters if c["replay"]) / len(rows),
+        "best_round": trained.best,
+        "policy_lambda": trained.run.multiplier * sim.reward_scale / sim.epsilon,
+        "epsilon": sim.epsilon,
+        "batch": sim.draws.batch,
+    }
+
+
+def cluster_notes(clusters: int, general_clusters: int, general: list[bool]) -> list[str]:
+    """Returns a note for each kind of cluster of which fewer were found than asked for.
+
+    Args:
+        clusters: Domain clusters asked for.
+        general_clusters: Replay clusters asked for, if there are replay examples.
+        general: Per cluster found whether it holds replay examples.
+    """
+    notes = []
+    for name, asked, found in (
+        ("clusters", clusters, len(general) - sum(general)),
+        ("general_clusters", general_clusters, sum(general)),
+    ):
+        if 0 < found < asked:
+            notes.append(f"{name}: {found} were found where {asked} were asked for; there are no more distinct directions")
+    return notes
+
+
+def policy_notes(constraint: str, epsilon: float, trained: Trained, predicted: dict[str, Prediction]) -> list[str]:
+    """Returns what must be said of the bound, and of the threshold rules that the policy did not beat.
+
+    Args:
+        constraint: The cost's name.
+        epsilon: Its bound.
+        trained: The policy.
+        predicted: What the simulator says of each subset, `ogs` and `RULES` among them.
+    """
+    notes, (reward, cost) = [], predicted["ogs"]
+    if cost > epsilon:
+        notes.append(
+            f"bound not met: the chosen have a simulated {constraint} cost of {cost:.4g}, above epsilon {epsilon:.4g}; raise "
+            "--epsilon, lower the budget, or add replay examples"
+        )
+    elif trained.run.multiplier == 0:
+        notes.append(
+            f"λ not binding: the best policy keeps epsilon {epsilon:.4g} ({constraint}) with λ = 0, at a cost of {cost:.4g}, "
+            "so the bound did not shape the choice; to let it: a lower --epsilon"
+        )
+    for name, what in RULES.items():
+        if not _beats((reward, cost), predicted[name], epsilon):
+            notes.append(
+                f"the policy did not beat the threshold rule {what} ({name}) in the simulator: reward {reward:.4g} at cost "
+                f"{cost:.4g}, the rule {predicted[name][0]:.4g} at {predicted[name][1]:.4g}, epsilon {epsilon:.4g}; "
+                "raise --updates, or use ogs-static"
+            )
+    return notes
+
+
+def _beats(a: Prediction, b: Prediction, epsilon: float) -> bool:
+    """Returns whether a keeps the bound and b does not, or both do and a's reward is larger, or neither and a costs less."""
+    if (a[1] <= epsilon) != (b[1] <= epsilon):
+        return a[1] <= epsilon
+    return a[0] > b[0] if a[1] <= epsilon else a[1] < b[1]
