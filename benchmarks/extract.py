@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsieve.gradients.accumulator import Batch, Block, EngineSettings
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.parameters import Site, choose_parameters
+from gradsieve.gradients.settings import Batch, Block, EngineSettings
 
 EVERYTHING = "linear,embedding,lm-head"
 BATCH_TOKENS = 1024

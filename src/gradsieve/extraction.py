@@ -17,9 +17,9 @@ from gradsieve.data import IGNORE, Excluded, Tokens, tokenize
 from gradsieve.data.batches import batches, pad, plan_units
 from gradsieve.data.corrupt import Corruption
 from gradsieve.errors import InvalidArgument, StoreError
-from gradsieve.gradients.accumulator import Batch, EngineSettings
 from gradsieve.gradients.directions import MeanGradient, References, UnitDirection
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import Batch, EngineSettings
 from gradsieve.memory import Trimmer
 from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit

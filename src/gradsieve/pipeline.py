@@ -31,8 +31,8 @@ from gradsieve.extraction import (
     reusable,
     write_facts,
 )
-from gradsieve.gradients.accumulator import EngineSettings
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype
 from gradsieve.selectors import SELECTORS

@@ -6,6 +6,7 @@ Nothing here shares code with the engine but `SketchPlan`, whose matrices define
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,9 @@ from transformers import (
     set_seed,
 )
 
-from gradsieve.gradients.accumulator import Batch
+from gradsieve.gradients.directions import References
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import Batch, Block, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 
 VOCABULARY = 97
@@ -55,8 +58,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=False),
 }
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these as [d_in, d_out]
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ class Naive:
         gradients: Per example by parameter name. The LM head and the embedding come apart even where their weights are tied.
         ends: The names of the embedding's and the head's weight.
         tied: Whether the two are one parameter.
+        model: The float64 copy.
     """
 
     losses: list[float]
     gradients: list[dict[str, Tensor]]
     ends: tuple[str, str]
     tied: bool
+    model: nn.Module
 
     def merged(self, z: int, names: Iterable[str]) -> dict[str, Tensor]:
         """The gradient by parameter: tied weights are one."""
@@ -103,6 +106,8 @@ class Naive:
 
     def sketch(self, z: int, names: Sequence[str], plan: SketchPlan) -> Tensor:
         """Σ P_outᵀ G P_in over the parameters, folded to d numbers."""
+        readers = {} if set(names) <= set(self.ends) else first_readers(self.model, names)
+        readers = {name: reader for name, reader in readers.items() if name not in self.ends}
         cells = torch.zeros(plan.side, plan.side, dtype=torch.float64)
         for name in names:
             G, key = self.gradients[z][name], "tied" if self.tied and name in self.ends else name
@@ -111,21 +116,34 @@ class Naive:
                 cells.view(-1).index_add_(0, place, G[:, 0] * sign)
             else:
                 left = plan.projection(f"{key}/out", G.shape[0]).double()
-                right = plan.projection(f"{first_reader(key, names)}/in", G.shape[1]).double()
+                right = plan.projection(f"{readers.get(name, key)}/in", G.shape[1]).double()
                 cells += left.T @ G @ right
         order, sign = plan.fold()
         flat = torch.cat([cells.flatten(), torch.zeros(1, dtype=torch.float64)])
         return (flat[order] * sign).view(plan.dim, -1).sum(1)
 
 
-def first_reader(name: str, names: Sequence[str]) -> str:
-    """The first chosen weight that reads the same tensor: its name seeds the shared projection."""
-    for family in SAME_INPUT:
-        mine = next((f".{part}." for part in family if f".{part}." in name), None)
-        if mine is not None and "lora_B" not in name:
-            readers = (name.replace(mine, f".{part}.") for part in family)
-            return next(reader for reader in readers if reader in names)
-    return name
+def first_readers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """The first chosen linear layer that reads the same tensor as this one, by weight: its name seeds their projection."""
+    first: dict[tuple[int, ...], str] = {}
+    readers, kept, hooks = {}, [], []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])  # so that no later tensor gets its place
+        mine = [name for name, p in module.named_parameters(recurse=False) if f"{prefixes[module]}.{name}" in names]
+        if mine:
+            key = args[0].data_ptr(), *args[0].shape, *args[0].stride()
+            readers[f"{prefixes[module]}.weight"] = first.setdefault(key, f"{prefixes[module]}.{mine[0]}")
+
+    prefixes = {module: prefix for prefix, module in model.named_modules()}
+    for module, prefix in prefixes.items():
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and prefix:
+            hooks.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return readers
 
 
 def naive(model: nn.Module, rows: Sequence[Row], reduction: str = "mean") -> Naive:
@@ -136,6 +154,7 @@ def naive(model: nn.Module, rows: Sequence[Row], reduction: str = "mean") -> Nai
     if tied:
         head.weight = nn.Parameter(head.weight.detach().clone())
     ends = tuple(next(name for name, p in twin.named_parameters() if p is end.weight) for end in (embedding, head))
+    owner = {name: twin.get_submodule(name.rpartition(".")[0]) for name, _ in twin.named_parameters()}
     losses, gradients = [], []
     for row in rows:
         twin.zero_grad()
@@ -144,14 +163,20 @@ def naive(model: nn.Module, rows: Sequence[Row], reduction: str = "mean") -> Nai
         nll = -scores[target != -100].gather(1, target[target != -100][:, None]).sum()
         (nll / (target != -100).sum() if reduction == "mean" else nll).backward()
         losses.append(float(nll.detach() / (target != -100).sum()))
-        gradients.append({name: laid_out(name, p) for name, p in twin.named_parameters()})
-    return Naive(losses, gradients, (ends[0], ends[1]), tied)
+        gradients.append({name: laid_out(name, p, owner[name]) for name, p in twin.named_parameters()})
+    return Naive(losses, gradients, (ends[0], ends[1]), tied, twin)
 
 
-def laid_out(name: str, parameter: nn.Parameter) -> Tensor:
-    g = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-    g = g.T if name.endswith(CONV1D) and g.ndim == 2 else g
-    return g.detach().clone() if g.ndim > 1 else g.detach().clone()[:, None]
+def laid_out(name: str, parameter: nn.Parameter, owner: Any) -> Tensor:
+    """The gradient with outputs as rows; experts one above the other."""
+    g = parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
+    if type(owner).__name__ == "Conv1D" and g.ndim == 2:
+        return g.T
+    if g.ndim == 1 or name.endswith("_proj_bias"):
+        return g.flatten()[:, None]
+    if g.ndim == 3 and owner.is_transposed:
+        g = g.mT
+    return g.flatten(0, -2)
 
 
 def build_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -163,6 +188,22 @@ def build_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
     return model.to(dtype)
+
+
+def adapted(model: Any, dtype: torch.dtype, config: Any = None, **options: Any) -> Any:
+    """The model with LoRA adapters after random steps: at the start B is zero, and with it the gradient of A."""
+    from peft import LoraConfig, get_peft_model
+
+    config = config or LoraConfig(**({"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"} | options))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for the old name
+        model = get_peft_model(model, config)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=rng, dtype=dtype)
+    return model
 
 
 def draw_rows(lengths: Sequence[int], seed: int = 0) -> list[Row]:
@@ -187,6 +228,60 @@ def pad(rows: Sequence[Row], to: int | None = None) -> Batch:
     return Batch(ids, labels)
 
 
+def close(ours: Tensor | float, true: Tensor | float, scale: float, tolerance: float) -> bool:
+    error = torch.as_tensor(ours, dtype=torch.float64) - torch.as_tensor(true, dtype=torch.float64)
+    return bool(error.abs().max() <= tolerance * scale)
+
+
+def assert_same_statistics(
+    columns: dict[str, Tensor], z: int, group: str, G: Tensor, tolerance: float, layers: str = "extremes"
+) -> None:
+    """Norm, max and min to a relative error, mean and sd to one of the root mean square."""
+    rms = float(G.square().mean().sqrt())
+    for name, true, scale in (
+        ("norm", G.norm(), float(G.norm())),
+        ("mean", G.mean(), rms),
+        ("sd", G.std(correction=0), rms),
+        ("max", G.max(), float(G.abs().max())),
+        ("min", G.min(), float(G.abs().max())),
+    ):
+        if layers == "none" or (layers == "moments" and name in ("max", "min")):
+            assert f"{name}/{group}" not in columns
+            continue
+        ours = columns[f"{name}/{group}"][z]
+        assert close(ours, true, scale, tolerance), f"{name}/{group}: {ours} is not {true}"
+
+
+def assert_matches_loop(
+    model: Any, spec: str, names: list[str], rows: list[Row], tolerance: float, *, layers: Any = "extremes", **options: Any
+) -> Block:
+    """Everything a block holds, against one float64 backward per example."""
+    true, plan = naive(model, rows), SketchPlan(256, seed=5)
+    halves = [[0, 1], [2, 3]]
+    settings = EngineSettings(params=spec, sketch=plan, layers=layers)
+    with GradientEngine(model, settings, **options) as engine:
+        assert [site.name for site in engine.sites] == names
+        means = {f"r{i}": engine.mean_gradient([pad([rows[z] for z in half])]) for i, half in enumerate(halves)}
+    with GradientEngine(model, settings, References.stack(means), **options) as engine:
+        block = engine.block(pad(rows))
+    for z in range(len(rows)):
+        norm = true.norm(z, names)
+        assert close(block.columns["loss"][z], true.losses[z], true.losses[z], tolerance)
+        assert block.columns["completion_tokens"][z] == (rows[z].labels[1:] != -100).sum()
+        assert close(block.columns["norm"][z], norm, norm, tolerance)
+        assert close(block.sketch[z], true.sketch(z, names, plan), norm, max(tolerance, 1e-6))  # stored in float32
+        for end, name in zip(("embedding", "lm_head"), true.ends, strict=True):
+            assert_same_statistics(block.columns, z, end, true.gradients[z][name], tolerance)
+        for name in names:
+            if true.gradients[z][name].shape[1] > 1:
+                assert_same_statistics(block.columns, z, name, true.gradients[z][name], tolerance, layers)
+        for i, half in enumerate(halves):
+            r = true.mean(names, half)
+            length = sum(float(g.square().sum()) for g in r.values()) ** 0.5
+            assert close(block.columns[f"dot/r{i}"][z], true.dot(z, r, names) / length, norm, tolerance)
+    return block
+
+
 @dataclass(frozen=True)
 class Twin:
     """What the tests need from this file."""
@@ -195,6 +290,8 @@ class Twin:
     model: Callable[..., Any] = build_model
     rows: Callable[..., list[Row]] = draw_rows
     pad: Callable[..., Batch] = pad
+    compare: Callable[..., Block] = assert_matches_loop
+    lora: Callable[..., Any] = adapted
     vocabulary: int = VOCABULARY
     families: tuple[str, ...] = field(default_factory=lambda: tuple(CONFIGS))
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.gradients import accumulator
+from gradsieve.gradients import engine as engine_module
 from gradsieve.gradients import head as head_file
-from gradsieve.gradients.accumulator import Batch, Block, EngineSettings
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import Batch, Block, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.gradients.sums import Sums
 
 LENGTHS = (14, 9, 11, 17)
 FULL: dict[str, Any] = {"layers": "extremes", "signals": True, "norms": True}
@@ -49,84 +54,21 @@ def chosen_names(model: nn.Module, spec: str) -> list[str]:
     return picked[spec]
 
 
-def close(ours: Tensor | float, true: Tensor | float, scale: float, tolerance: float) -> bool:
-    error = torch.as_tensor(ours, dtype=torch.float64) - torch.as_tensor(true, dtype=torch.float64)
-    return bool(error.abs().max() <= tolerance * scale)
-
-
-def assert_same_statistics(columns: dict[str, Tensor], z: int, group: str, G: Tensor, tolerance: float) -> None:
-    """Norm, max and min to a relative error, mean and sd to one of the root mean square."""
-    rms = float(G.square().mean().sqrt())
-    for name, true, scale in (
-        ("norm", G.norm(), float(G.norm())),
-        ("mean", G.mean(), rms),
-        ("sd", G.std(correction=0), rms),
-        ("max", G.max(), float(G.abs().max())),
-        ("min", G.min(), float(G.abs().max())),
-    ):
-        ours = columns[f"{name}/{group}"][z]
-        assert close(ours, true, scale, tolerance), f"{name}/{group}: {ours} is not {true}"
-
-
-def assert_matches_loop(twin: Any, model: Any, spec: str, names: list[str], rows: list[Any], tolerance: float) -> Block:
-    """Everything a block holds, against one float64 backward per example."""
-    true, plan = twin.naive(model, rows), SketchPlan(256, seed=5)
-    halves = [[0, 1], [2, 3]]
-    engine_settings = EngineSettings(params=spec, sketch=plan, **FULL)
-    with GradientEngine(model, engine_settings) as engine:
-        assert [site.name for site in engine.sites] == names
-        means = {f"r{i}": engine.mean_gradient([twin.pad([rows[z] for z in half])]) for i, half in enumerate(halves)}
-    with GradientEngine(model, engine_settings, References.stack(means)) as engine:
-        block = engine.block(twin.pad(rows))
-    for z in range(len(rows)):
-        norm = true.norm(z, names)
-        assert close(block.columns["loss"][z], true.losses[z], true.losses[z], tolerance)
-        assert block.columns["completion_tokens"][z] == (rows[z].labels[1:] != -100).sum()
-        assert close(block.columns["norm"][z], norm, norm, tolerance)
-        assert close(block.sketch[z], true.sketch(z, names, plan), norm, max(tolerance, 1e-6))  # stored in float32
-        for end, name in zip(("embedding", "lm_head"), true.ends, strict=True):
-            assert_same_statistics(block.columns, z, end, true.gradients[z][name], tolerance)
-        for name in names:
-            if true.gradients[z][name].shape[1] > 1:
-                assert_same_statistics(block.columns, z, name, true.gradients[z][name], tolerance)
-        for i, half in enumerate(halves):
-            r = true.mean(names, half)
-            length = sum(float(g.square().sum()) for g in r.values()) ** 0.5
-            assert close(block.columns[f"dot/r{i}"][z], true.dot(z, r, names) / length, norm, tolerance)
-    return block
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("family", "spec"), CASES)
 def test_everything_equals_one_float64_backward_per_example(twin: Any, family: str, spec: str, dtype: torch.dtype) -> None:
     model = twin.model(family, dtype)
-    assert_matches_loop(twin, model, spec, chosen_names(model, spec), twin.rows(LENGTHS), TOLERANCE[dtype])
-
-
-def lora_model(twin: Any, family: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Adapters after random steps: at the start B is zero, and with it the gradient of A."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else "all-linear"
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets, fan_in_fan_out=family == "gpt2", **options)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for the old name
-        model = get_peft_model(twin.model(family, dtype), config)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=rng, dtype=dtype)
-    return model
+    twin.compare(model, spec, chosen_names(model, spec), twin.rows(LENGTHS), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_gradients_equal_the_loop(twin: Any, family: str, dtype: torch.dtype) -> None:
-    model = lora_model(twin, family, dtype)
+    options = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True} if family == "gpt2" else {}
+    model = twin.lora(twin.model(family, dtype), dtype, **options)
     base = model.get_base_model()
     for spec in ("auto", "lora"):
-        assert_matches_loop(twin, base, spec, chosen_names(base, "lora"), twin.rows(LENGTHS), TOLERANCE[dtype])
+        twin.compare(base, spec, chosen_names(base, "lora"), twin.rows(LENGTHS), TOLERANCE[dtype])
     with GradientEngine(model) as engine:  # the wrapper itself will do
         assert {site.name for site in engine.sites} == set(chosen_names(base, "lora"))
 
@@ -178,13 +120,13 @@ def test_examples_longer_than_a_run_of_logits_are_exact(
     monkeypatch.setattr(head_file, "LOGIT_FLOATS", positions * twin.vocabulary)
     monkeypatch.setattr(head_file, "TILE_FLOATS", 100)  # a few tokens of the vocabulary at a time
     model = twin.model(family)
-    assert_matches_loop(twin, model, "all", chosen_names(model, "all"), twin.rows(LENGTHS), 1e-5)
+    twin.compare(model, "all", chosen_names(model, "all"), twin.rows(LENGTHS), 1e-5)
 
 
 def test_products_are_made_in_pieces_where_a_layer_is_large(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsieve.gradients.layers.TILE_FLOATS", 32 * 32 * 2)
     model = twin.model("llama")
-    assert_matches_loop(twin, model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-5)
+    twin.compare(model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-5)
 
 
 def test_long_sequences_take_norms_from_products_and_short_ones_from_gram_matrices(twin: Any) -> None:
@@ -367,6 +309,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Parameter(torch.eye(32))
+        self.dropout = nn.Dropout()
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden @ self.mix
@@ -380,6 +323,26 @@ def test_a_parameter_without_a_rule_is_named_and_can_be_left_out(twin: Any) -> N
         GradientEngine(model, EngineSettings("all"))
     with GradientEngine(model, EngineSettings("re:q_proj")) as engine:
         assert len(engine.sites) == 2
+
+
+class Mean(nn.Module):
+    """A layer that mixes examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.scale * (hidden - hidden.mean(0))
+
+
+def test_a_module_that_mixes_examples_is_refused_where_its_parameters_are_wanted(twin: Any) -> None:
+    model = twin.model("llama")
+    model.model.layers[0].post_attention_layernorm = Mean()
+    with pytest.raises(ModelError, match=r"post_attention_layernorm\.scale .* Mean, which mixes examples; .* --params"):
+        GradientEngine(model, EngineSettings("vectors")).__enter__()
+    with GradientEngine(model, EngineSettings("linear")) as engine:
+        assert engine.sites
 
 
 def test_a_head_that_does_more_than_a_product_is_refused(twin: Any) -> None:
@@ -428,7 +391,7 @@ def test_a_module_called_twice_adds_up_both_calls(twin: Any) -> None:
     model = twin.model("llama", torch.float64)
     model.model.layers[1].mlp = model.model.layers[0].mlp
     names = [name for name, _ in model.named_parameters()]
-    assert_matches_loop(twin, model, "all", names, twin.rows(LENGTHS), 1e-11)
+    twin.compare(model, "all", names, twin.rows(LENGTHS), 1e-11)
 
 
 class Wasteful(LlamaMLP):
@@ -450,7 +413,7 @@ class Overwriting(LlamaMLP):
 def test_a_call_the_loss_does_not_depend_on_adds_nothing(twin: Any) -> None:
     model = twin.model("llama", torch.float64)
     model.model.layers[1].mlp.__class__ = Wasteful
-    assert_matches_loop(twin, model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-11)
+    twin.compare(model, "linear", chosen_names(model, "linear"), twin.rows(LENGTHS), 1e-11)
 
 
 @pytest.mark.parametrize("layers", ["none", "extremes"])
@@ -468,37 +431,52 @@ def test_an_output_that_the_model_overwrites_is_none(twin: Any) -> None:
 
     model = twin.model("llama", torch.float64)
     model.model.layers[0].register_forward_pre_hook(double)
-    assert_matches_loop(twin, model, "embedding", chosen_names(model, "embedding"), twin.rows(LENGTHS), 1e-11)
+    twin.compare(model, "embedding", chosen_names(model, "embedding"), twin.rows(LENGTHS), 1e-11)
 
 
-def test_a_batch_is_let_go_without_the_garbage_collector(monkeypatch):
-    import gc
-    import weakref
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fault", [False, True])
+def test_nothing_of_a_batch_outlives_it(twin: Any, checkpointing: bool, fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Sums, *args: Any) -> None:
+        raise RuntimeError("on purpose")
 
-    from gradsieve.gradients import accumulator, engine
+    model, batch = twin.model("llama"), twin.pad(twin.rows((33, 41)))
+    with GradientEngine(model, EngineSettings("all", **FULL), checkpointing=checkpointing) as engine:
+        engine.block(batch)
+        if fault:
+            monkeypatch.setattr(Sums, "add_embedding", fail)
+        gc.collect()
+        gc.disable()
+        try:
+            before = sum(issubclass(type(item), Tensor) for item in gc.get_objects())
+            with contextlib.suppress(RuntimeError):
+                engine.block(batch)
+            left = sum(issubclass(type(item), Tensor) for item in gc.get_objects()) - before
+        finally:
+            gc.enable()
+    assert left <= 2
 
-    kept = []
+
+def test_a_batch_is_let_go_without_the_garbage_collector(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Any]] = []
 
     class Watched(accumulator.Accumulator):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             kept.append(weakref.ref(self))
 
-        def saw(self, *arguments):
-            call = super().saw(*arguments)
-            kept.append(weakref.ref(call.reading))
+        def saw(self, *arguments: Any, **more: Any) -> Any:
+            call = super().saw(*arguments, **more)
+            if call is not None and call.reading is not None:
+                kept.append(weakref.ref(call.reading))
             return call
 
-    monkeypatch.setattr(engine, "Accumulator", Watched)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    ids = torch.arange(1, 11).view(2, 5)
-    batch = Batch(ids, ids.clone())
+    monkeypatch.setattr(engine_module, "Accumulator", Watched)
+    batch = twin.pad(twin.rows((9, 12)))
     gc.collect()
     gc.disable()
     try:
-        with GradientEngine(LlamaForCausalLM(config), EngineSettings(params="all")) as opened:
+        with GradientEngine(twin.model("llama"), EngineSettings(params="all")) as opened:
             opened.block(batch)
             opened.mean_gradient([batch])
             alive = [reference() for reference in kept if reference() is not None]

@@ -54,6 +54,7 @@ def test_a_custom_matrix_among_the_linear_layers_is_an_error_and_not_skipped(twi
         def __init__(self) -> None:
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4))
+            self.dropout = nn.Dropout()
 
     model = twin.model("llama")
     model.model.layers[1].mlp.experts = Mixer()

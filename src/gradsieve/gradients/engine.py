@@ -8,19 +8,27 @@ The LM head is ours: logits exist only at supervised positions, in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from gradsieve.errors import ModelError
-from gradsieve.gradients.accumulator import Accumulator, Batch, Block, EngineSettings, Tools
+from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.gradients import experts, modules
+from gradsieve.gradients.accumulator import Accumulator
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.head import Head, Supervised
-from gradsieve.gradients.parameters import Site, choose_parameters, unwrap
-from gradsieve.gradients.readings import Trial
+from gradsieve.gradients.parameters import Site, choose_parameters, is_fused, unwrap
+from gradsieve.gradients.readings import Call, Routing
+from gradsieve.gradients.settings import Batch, Block, EngineSettings
+from gradsieve.gradients.tools import Tools
+
+TRIAL = ((1, 2, 3, 4), (2, 1, 4, 3))  # token ids
 
 
 class GradientEngine:
@@ -30,33 +38,47 @@ class GradientEngine:
         model: A causal language model of transformers, or a PEFT model around one. In eval mode while the engine is open.
         settings: What to take.
         references: Directions whose exact products with every example's gradient are wanted.
+        checkpointing: Whether to keep no activations inside the decoder's blocks and run each again in the backward pass:
+            the same numbers for about a third more time and much less memory.
 
     Raises:
         ModelError: The model's head does something our loss does not know, or a chosen parameter has no rule.
+        InvalidArgument: `settings.params` matches nothing, or `checkpointing` is on for a model without blocks.
     """
 
-    def __init__(self, model: nn.Module, settings: EngineSettings | None = None, references: References | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: EngineSettings | None = None,
+        references: References | None = None,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
         self.settings = settings or EngineSettings()
         self.model: Any = unwrap(model)
         self.sites = choose_parameters(self.model, self.settings.params)
         self.head = Head(self.model)
         self._tools = Tools(self.settings, self.head, self.model, self.sites, references)
+        self._blocks = _blocks(self.model) if checkpointing else []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._flags: list[tuple[Tensor, bool]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._pass: Accumulator | Trial | None = None
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._pass: Accumulator | _Trial | None = None
 
     def __enter__(self) -> Self:
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.eval().requires_grad_(False)
-        watched: dict[nn.Module, list[Site]] = {}
-        for site in self._watched_sites():
-            watched.setdefault(site.owner, []).append(site)
-        for module, sites in watched.items():
-            if module is not self.head.module:
-                self._hooks.append(module.register_forward_hook(self._forward_hook(sites)))
         try:
+            self.model.eval().requires_grad_(False)
+            watched: dict[nn.Module, list[Site]] = {}
+            for site in self._watched_sites():
+                watched.setdefault(site.owner, []).append(site)
+            for module, sites in watched.items():
+                if module is not self.head.module:
+                    self._watch(module, sites)
+            for block in self._blocks:
+                self._replace_forward(block, self._checkpointed(block))
             self._try_model()
         except BaseException:
             self.close()
@@ -70,7 +92,12 @@ class GradientEngine:
         """Takes the hooks off and gives the model back as it was."""
         for hook in self._hooks:
             hook.remove()
+        for module, forward in self._forwards:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
         self._hooks.clear()
+        self._forwards.clear()
         for module, training in self._modes:
             module.training = training
         for parameter, flag in self._flags:
@@ -82,21 +109,21 @@ class GradientEngine:
         A non-finite gradient shows as a non-finite value in the example's sketch or columns, an example without supervised
         positions as a NaN loss: both are the caller's to exclude.
         """
-        return self._run(Accumulator(self._tools, batch)).block()
+        return self._run(Accumulator(self._tools, batch)).sums.block()
 
     def mean_gradient(self, batches: Iterable[Batch]) -> MeanGradient:
         """Returns the mean gradient over all examples of the batches (OGS-1), and what its reliability needs."""
         mean = MeanGradient.zeros({self._tools.key(site): site.shape for site in self.sites}, self.head.module.weight)
         for batch in batches:
-            state = self._run(Accumulator(self._tools, batch, mean))
-            mean.add_norms(state.groups[""].squares, state.counts)
+            sums = self._run(Accumulator(self._tools, batch, mean)).sums
+            mean.add_norms(sums.groups[""].squares, sums.counts)
         return mean.finish()
 
     def _run(self, state: Accumulator) -> Accumulator:
         batch = state.batch
         self._pass = state
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), set_checkpoint_early_stop(False):  # else a block's last layers would not run again
                 hidden: Tensor = self.model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
             supervised = Supervised.of(batch.labels, self.settings.reduction, self.head.dtype)
             picked = hidden.detach()[supervised.example, supervised.position]
@@ -109,16 +136,21 @@ class GradientEngine:
             state.finish()
         finally:
             self._pass = None
+            state.release()
         return state
 
     def _try_model(self) -> None:
-        """Tries the model on four tokens: compares our logits with the model's own, and counts calls."""
-        ids = torch.arange(1, 5, device=self.head.module.weight.device)[None]
+        """Tries the model on a few tokens: compares our logits with its own, counts calls, tries to run modules again."""
+        ids = torch.tensor(TRIAL, device=self.head.module.weight.device)
         with torch.no_grad():
-            self._pass = trial = Trial()
-            ours = self.head.logits(self.model.base_model(input_ids=ids, use_cache=False)[0][0])
-            self._pass, self._tools.repeated = None, trial.repeated()
+            self._pass = trial = _Trial()
+            try:
+                ours = self.head.logits(self.model.base_model(input_ids=ids, use_cache=False)[0][0])
+            finally:
+                self._pass = None
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
+        self._refuse_uncalled(trial)
+        self._tools.repeated = frozenset(module for module, count in trial.counts.items() if count > 1)
         if not theirs.isfinite().all():
             raise ModelError(
                 f"{type(self.model).__name__} must give finite logits, got NaN or infinity for tokens 1 to 4; "
@@ -130,6 +162,15 @@ class GradientEngine:
                 f"differ by {float((ours - theirs).abs().max()):.3g}; this architecture's head is not supported yet"
             )
 
+    def _refuse_uncalled(self, trial: _Trial) -> None:
+        """Refuses sites whose module was not called: the model uses their weights in a way that hooks do not see."""
+        for site in self._watched_sites():
+            if site.owner is not self.head.module and site.owner not in trial.counts and ".experts." not in site.name:
+                raise ModelError(
+                    f"parameter {site.name} must belong to a layer that the model calls, got {type(site.owner).__name__}, "
+                    "which it does not; leave it out with --params re:PATTERN or --params linear"
+                )
+
     def _watched_sites(self) -> list[Site]:
         """The chosen sites, and the embedding for its signals where it is not among them."""
         embedding = self.model.get_input_embeddings()
@@ -138,22 +179,170 @@ class GradientEngine:
             watched += [site for site in choose_parameters(self.model, "embedding") if site.owner is embedding]
         return watched
 
-    def _forward_hook(self, sites: list[Site]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            state = self._pass
-            if isinstance(state, Trial):
-                state.saw(module)
-                return None
-            if state is None or state.backward_runs:  # a recomputed forward of activation checkpointing
-                return None
-            rows = len(state.batch.input_ids)
-            watched = output
-            if not output.requires_grad:  # the lowest layers; cloned, because a leaf must not be overwritten in place
-                watched = output.requires_grad_(True).clone()
-            if len(output) == 1 < rows:  # learned positions, looked up once and broadcast: each example gets its own
-                watched = watched.expand(rows, *output.shape[1:])
-            call = state.saw(module, sites, args[0])
-            watched.register_hook(lambda gradient: state.receive(call, gradient))
-            return watched if watched is not output else None
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, module: nn.Module, sites: list[Site]) -> None:
+        if is_fused(module):
+            self._replace_forward(module, self._experts_forward(module, sites))
+        elif isinstance(module, nn.Embedding):
+            self._replace_forward(module, self._embedding_forward(module, sites))
+        elif any(site.kind == "module" for site in sites):
+            self._hooks.append(module.register_forward_hook(self._module_hook(sites), with_kwargs=True))
+        else:
+            self._hooks.append(module.register_forward_hook(self._linear_hook(sites)))
+
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._forwards.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def _watched(self, output: Tensor, call: Call | None, number: int = 0, own: bool = False) -> Tensor:
+        """Returns a layer's output, its gradient reported to the batch under way.
+
+        Args:
+            output: The output.
+            call: Whose it is; None where nothing is watched.
+            number: Which of the call's outputs it is.
+            own: Whether what the layer itself does with the output later on is to be left out.
+        """
+        state = self._pass
+        if call is None or not isinstance(state, Accumulator):
+            return output
+        rows = len(state.batch.input_ids)
+        if not output.requires_grad:  # the lowest layers; cloned, because a leaf must not be overwritten in place
+            output = output.requires_grad_(True).clone()
+        elif own:
+            output = output.clone()
+        if len(output) == 1 < rows:  # learned positions, looked up once and broadcast: each example gets its own
+            output = output.expand(rows, *output.shape[1:])
+        if not state.backward_runs:  # in a block run again, everything but this is to be as it was
+            state.hooks.append(output.register_hook(lambda gradient: state.receive(call, number, gradient)))
+        return output
+
+    def _seen(self, module: nn.Module, sites: list[Site], tensor: Tensor, **more: Any) -> Call | None:
+        state = self._pass
+        if isinstance(state, _Trial):
+            state.saw(module)
+            return None
+        if state is None or not torch.is_grad_enabled():  # without autograd there is no gradient to come
+            return None
+        return state.saw(module, sites, tensor, **more)
+
+    def _linear_hook(self, sites: list[Site]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self._watched(output, self._seen(module, sites, args[0]))
 
         return hook
+
+    def _module_hook(self, sites: list[Site]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if isinstance(self._pass, _Trial):
+                self._try_module(module, sites, args, kwargs, output)
+            outputs = modules.tensors_of(output)
+            call = self._seen(module, sites, args[0], outputs=len(outputs), arguments=(args, kwargs))
+            if not isinstance(output, tuple):
+                return self._watched(output, call)
+            return tuple(self._watched(x, call, i, own=True) if i in outputs else x for i, x in enumerate(output))
+
+        return hook
+
+    def _try_module(
+        self, module: nn.Module, sites: list[Site], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        trial, self._pass = self._pass, None  # what is run here does not count
+        try:
+            separable = modules.is_separable(module, args, kwargs, output, len(TRIAL))
+        finally:
+            self._pass = trial
+        if not separable:
+            raise ModelError(
+                f"parameter {sites[0].name} must belong to a layer gradsieve has a rule for, got {type(module).__name__}, "
+                "which mixes examples; leave it out with --params re:PATTERN or --params linear"
+            )
+
+    def _embedding_forward(self, module: nn.Embedding, sites: list[Site]) -> Callable[..., Any]:
+        original = module.forward
+
+        def looked_up(ids: Tensor, rows: Tensor) -> Tensor:
+            return self._watched(rows, self._seen(module, sites, ids))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Lookup(looked_up):
+                return original(*args, **kwargs)
+
+        return forward
+
+    def _experts_forward(self, module: nn.Module, sites: list[Site]) -> Callable[..., Any]:
+        original = module.forward
+
+        def watch(name: str, x: Tensor, output: Tensor, routing: Routing) -> Tensor:
+            mine = [site for site in sites if site.name.rpartition(".")[2] in (name, f"{name}_bias")]
+            return self._watched(output, self._seen(module, mine, x, routing=routing)) if mine else output
+
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+            state = self._pass
+            if not isinstance(state, Accumulator):
+                if isinstance(state, _Trial):
+                    state.saw(module)
+                return original(hidden_states, top_k_index, top_k_weights)
+            return experts.run(module, hidden_states, top_k_index, top_k_weights, len(state.batch.input_ids), watch)
+
+        return forward
+
+    def _checkpointed(self, block: nn.Module) -> Callable[..., Any]:
+        original, regions = block.forward, itertools.count()
+        number = self._blocks.index(block)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._pass
+            if not isinstance(state, Accumulator):
+                return original(*args, **kwargs)
+            region = next(regions) * len(self._blocks) + number
+
+            def run(*inner: Any) -> Any:
+                state.enter(region)
+                try:
+                    return original(*inner, **kwargs)
+                finally:
+                    state.leave()
+
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+        return forward
+
+
+class _Trial:
+    """Counts how often each watched module is called."""
+
+    def __init__(self) -> None:
+        self.counts: dict[nn.Module, int] = {}
+
+    def saw(self, module: nn.Module) -> None:
+        """Counts a call."""
+        self.counts[module] = self.counts.get(module, 0) + 1
+
+
+class _Lookup(TorchFunctionMode):
+    """Shows (ids, rows) of an embedding's table look-up, whatever the module does before and after it."""
+
+    def __init__(self, looked_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._looked_up = looked_up
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return self._looked_up(args[0], output) if func is nn.functional.embedding else output
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the model's decoder blocks: what transformers itself would checkpoint, the outermost of it."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            found.append(module)
+            inside |= set(module.modules())
+    if not found:
+        raise InvalidArgument(f"checkpointing must be off for a model without decoder blocks, got {type(model).__name__}")
+    return found

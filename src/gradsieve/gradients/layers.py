@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch import Tensor
 
 from gradsieve.gradients.statistics import Statistics
 
@@ -167,25 +165,3 @@ def row_statistics(example: Tensor, rows: Tensor, batch: int, shape: tuple[int, 
     for z in full.nonzero()[:, 0].tolist():  # every row was met: no zeros beside them
         own.largest[z], own.smallest[z] = rows[example == z].max(), rows[example == z].min()
     return own
-
-
-def module_gradients(module: nn.Module, names: list[str], a: Tensor, b: Tensor) -> list[Tensor]:
-    """Returns the per-example gradients of a small module's own vectors, [B, n] each, by running it again per example.
-
-    For layers whose rule depends on the architecture (RMSNorm with weight w or 1 + w, LayerNorm): vmap over vjp.
-
-    Args:
-        module: A normalisation layer.
-        names: Its parameters' names.
-        a: Input [B, …].
-        b: Output gradient [B, …].
-    """
-    parameters = {name: module.get_parameter(name).detach() for name in names}
-
-    def one(x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        pull: Any = vjp(lambda values: functional_call(module, values, (x,)), parameters)[1]
-        gradients: dict[str, Tensor] = pull(gradient)[0]
-        return gradients
-
-    result = vmap(one)(a.detach(), b)
-    return [result[name] for name in names]

@@ -2,7 +2,8 @@
 
 A specification is a comma-separated list of terms:
 
-    linear      every linear layer of the decoder, without the LM head (nn.Linear and GPT-2's Conv1D); biases included
+    linear      every linear layer of the decoder, without the LM head: nn.Linear, GPT-2's Conv1D, fused experts and their
+                routers; biases included
     embedding   the input embedding (and learned position embeddings)
     lm-head     the output layer
     vectors     biases and the scales of normalisation layers
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from gradsieve.errors import InvalidArgument, ModelError
 
-Kind = Literal["matrix", "transposed", "bias", "embedding", "head", "scale"]
+LARGEST_MODULE = 1 << 20  # a module run again needs its gradient per example in memory
+Kind = Literal["matrix", "transposed", "bias", "embedding", "head", "module", "expert", "expert_transposed", "expert_bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,9 @@ class Site:
     Attributes:
         name: The parameter's name in the model.
         owner: The module whose input and output gradient are watched.
-        kind: `matrix` [d_out, d_in], `transposed` (Conv1D's [d_in, d_out]), `bias`, `embedding`, `head`, or `scale`
-            (parameters of a normalisation layer).
+        kind: `matrix` [d_out, d_in], `transposed` (Conv1D's [d_in, d_out]), `bias`, `embedding`, `head`, `expert`
+            [E, d_out, d_in], `expert_transposed` [E, d_in, d_out], `expert_bias` [E, d_out], or `module` (parameters of a
+            small module that is run again: normalisation, router).
         parameter: The parameter itself.
     """
 
@@ -46,11 +49,24 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in) of the gradient as this package lays it out; vectors are (n, 1)."""
-        if self.parameter.ndim == 1:
-            return len(self.parameter), 1
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.kind == "transposed" else (rows, columns)
+        """(d_out, d_in) of the gradient as this package lays it out; vectors are (n, 1), experts one above the other."""
+        if self.parameter.ndim == 1 or self.kind == "expert_bias":
+            return self.parameter.numel(), 1
+        if self.kind == "transposed":
+            return self.parameter.shape[1], self.parameter.shape[0]
+        d_in = self.parameter.shape[1] if self.kind == "expert_transposed" else self.parameter.shape[-1]
+        return self.parameter.numel() // d_in, d_in
+
+    @property
+    def product_shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of one product b aᵀ: of one expert, where there are several."""
+        rows, columns = self.shape
+        return (rows // len(self.parameter) if self.kind.startswith("expert") else rows), columns
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of one linear layer of the decoder."""
+        return self.kind in ("matrix", "transposed")
 
 
 def unwrap(model: Any) -> Any:
@@ -59,9 +75,19 @@ def unwrap(model: Any) -> Any:
     return get_base() if callable(get_base) else model
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Says whether a module is a fused experts layer as transformers lays them out."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def is_small(module: nn.Module, parameter: Tensor) -> bool:
+    """Says whether a parameter's module can be run again for each example: no children, and not large."""
+    return not any(True for _ in module.children()) and parameter.numel() <= LARGEST_MODULE
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Says whether the model carries LoRA matrices."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
+    return any("lora_" in name for name, _ in model.named_parameters())
 
 
 def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
@@ -107,13 +133,17 @@ def _kind(module: nn.Module, short: str, parameter: Tensor, embedding: nn.Module
         return "head" if short == "weight" else "bias"
     if module is embedding or isinstance(module, nn.Embedding):
         return "embedding"
+    if not parameter.is_floating_point():
+        return None
     if isinstance(module, nn.Linear) and short in ("weight", "bias"):
         return "matrix" if short == "weight" else "bias"
     if type(module).__name__ == "Conv1D" and short in ("weight", "bias"):
         return "transposed" if short == "weight" else "bias"
-    if parameter.ndim == 1 and "norm" in type(module).__name__.lower():
-        return "scale"
-    return None
+    if is_fused(module):
+        transposed: Any = module.is_transposed
+        kinds: dict[int, Kind] = {2: "expert_bias", 3: "expert_transposed" if transposed else "expert"}
+        return kinds.get(parameter.ndim)
+    return "module" if is_small(module, parameter) else None
 
 
 def _term(term: str, sites: dict[str, Site | str], model: nn.Module) -> Callable[[str, Site | str], bool]:
@@ -122,13 +152,15 @@ def _term(term: str, sites: dict[str, Site | str], model: nn.Module) -> Callable
     def linear(name: str, site: Site | str) -> bool:
         if isinstance(site, str):
             return ".experts." in name or ".mlp." in name or "proj" in name
-        return site.owner is not head and site.kind in ("matrix", "transposed", "bias") and "lora_" not in name
+        if site.owner is head or "lora_" in name or site.kind in ("embedding", "head"):
+            return False
+        return site.kind != "module" or any(own.ndim == 2 for own in site.owner.parameters(recurse=False))  # a router
 
     kinds: dict[str, Callable[[str, Site | str], bool]] = {
         "linear": linear,
         "embedding": lambda _, site: isinstance(site, Site) and site.kind == "embedding",
         "lm-head": lambda _, site: isinstance(site, Site) and site.owner is head,
-        "vectors": lambda _, site: isinstance(site, Site) and site.kind in ("bias", "scale"),
+        "vectors": lambda _, site: isinstance(site, Site) and site.shape[1] == 1,
         "all": lambda *_: True,
         "lora": lambda name, _: "lora_" in name,
     }

@@ -2,12 +2,14 @@
 
 A `Reading` is one tensor that one or more layers read (q, k and v; gate and up), with the work on it that they share. A `Call`
 is one call of one layer. Once it is known that nothing but a projection and a Gram matrix is wanted of a tensor, these are
-made and the tensor is let go.
+made and the tensor is let go. Inside a checkpointed block nothing is kept: the reading comes when the block is run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,11 @@ class Reading:
         )
 
     @property
+    def gone(self) -> bool:
+        """Whether the tensor was let go."""
+        return self._tensor is None
+
+    @property
     def tensor(self) -> Tensor:
         """The tensor itself.
 
@@ -66,44 +73,55 @@ class Reading:
             )
         return self._tensor
 
-    @property
-    def gone(self) -> bool:
-        """Whether the tensor was let go."""
-        return self._tensor is None
-
     def let_go(self) -> None:
         """Frees the tensor."""
         self._tensor = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Routing:
+    """Which rows of a fused experts layer's input [S, d] belong to whom; rows are sorted by expert, then by token.
+
+    Attributes:
+        example: int64 [S], ascending within an expert.
+        counts: Rows per expert.
+    """
+
+    example: Tensor
+    counts: list[int]
+
+
 @dataclass(eq=False, slots=True)
 class Call:
-    """One call of a watched layer; `gradient` arrives in the backward pass, if the loss depends on this call at all."""
+    """One call of a watched layer.
+
+    Attributes:
+        reading: What it read; None inside a checkpointed block until that is run again.
+        gradients: By number of the output. They arrive in the backward pass, if the loss depends on this call at all.
+        outputs: How many outputs can get one.
+        routing: Of a fused experts layer.
+        arguments: All arguments of a module that is to be run again.
+    """
 
     module: nn.Module
     sites: list[Site]
-    reading: Reading
-    gradient: Tensor | None = None
+    reading: Reading | None
+    outputs: int = 1
+    routing: Routing | None = None
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has arrived."""
+        return self.reading is not None and len(self.gradients) == self.outputs
 
 
 def joined(calls: list[Call]) -> tuple[Reading, Tensor]:
     """Returns a layer's input and output gradient; several calls come one after the other, as if T were longer."""
-    gradients = [call.gradient for call in calls if call.gradient is not None]
+    readings = [call.reading for call in calls if call.reading is not None]
+    gradients = [call.gradients[0] for call in calls]
     if len(calls) == 1:
-        return calls[0].reading, gradients[0]
-    return Reading(torch.cat([call.reading.tensor for call in calls], 1), calls[0].reading.name), torch.cat(gradients, 1)
-
-
-@dataclass(eq=False, slots=True)
-class Trial:
-    """Counts how often each watched module is called, in a forward pass on a few tokens."""
-
-    counts: dict[nn.Module, int] = field(default_factory=dict)
-
-    def saw(self, module: nn.Module) -> None:
-        """Counts a call."""
-        self.counts[module] = self.counts.get(module, 0) + 1
-
-    def repeated(self) -> frozenset[nn.Module]:
-        """Returns the modules called more than once."""
-        return frozenset(module for module, count in self.counts.items() if count > 1)
+        return readings[0], gradients[0]
+    whole = Reading(torch.cat([reading.tensor for reading in readings], 1), readings[0].name)
+    return whole, torch.cat(gradients, 1)

@@ -28,7 +28,7 @@ class Statistics:
         self.smallest = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         self.count = count
 
-    def extend(self, smallest: Tensor, largest: Tensor, rows: int | slice = slice(None)) -> None:
+    def extend(self, smallest: Tensor, largest: Tensor, rows: int | slice | Tensor = slice(None)) -> None:
         """Takes in further entries' extremes, [B] or one per row of `rows`."""
         self.smallest[rows] = torch.minimum(self.smallest[rows], smallest.double())
         self.largest[rows] = torch.maximum(self.largest[rows], largest.double())

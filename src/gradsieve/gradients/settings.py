@@ -1,0 +1,59 @@
+"""What goes into the gradient engine and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from gradsieve.gradients.sketch import SketchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What to take from each example; part of a store's fingerprint.
+
+    Attributes:
+        params: The parameters φ, see `gradsieve.gradients.parameters`.
+        sketch: Size and seed of the projection.
+        reduction: `mean` or `sum` of the completion tokens' losses.
+        norms: Whether ‖g‖ is taken exactly.
+        signals: Whether the embedding's and the LM head's norm, mean, sd, max and min are taken (GRADS-1).
+        layers: Statistics of every single parameter as columns: `none`, `moments` (norm, mean, sd) or `extremes` (and
+            max, min).
+    """
+
+    params: str = "auto"
+    sketch: SketchPlan = field(default_factory=SketchPlan)
+    reduction: Literal["mean", "sum"] = "mean"
+    norms: bool = True
+    signals: bool = True
+    layers: Literal["none", "moments", "extremes"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded examples, padding on the right: a causal model then needs no attention mask.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        labels: int64 [B, T], -100 where there is no loss; unshifted, as transformers has them.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What the engine makes of one batch.
+
+    Attributes:
+        sketch: float32 [B, d].
+        columns: float64 [B] by name: `loss`, `completion_tokens`, `norm`, `norm/lm_head`, `dot/…` with unit references, …
+    """
+
+    sketch: Tensor
+    columns: Mapping[str, Tensor]

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.gradients import experts
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import EngineSettings
+
+V = 97
+LENGTHS = (14, 9, 11, 17)
+TOKENS: dict[str, Any] = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS["initializer_range"] = 0.2
+SMALL: dict[str, Any] = TOKENS | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+NO_KV: dict[str, Any] = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
+EXPERTS: dict[str, Any] = SMALL | {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_experts": 4}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: hf.MistralConfig(**SMALL, sliding_window=5),
+    "gemma": lambda: hf.GemmaConfig(**SMALL),
+    "gemma2": lambda: hf.Gemma2Config(**SMALL, sliding_window=5, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**SMALL, sliding_window=5, sliding_window_pattern=2, query_pre_attn_scalar=8),
+    "phi3": lambda: hf.Phi3Config(**(SMALL | {"tie_word_embeddings": False})),
+    "phi": lambda: hf.PhiConfig(**NO_KV),
+    "opt": lambda: hf.OPTConfig(
+        **TOKENS, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=24, init_std=0.2
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**NO_KV),
+    "gpt-neox-sequential": lambda: hf.GPTNeoXConfig(**NO_KV, use_parallel_residual=False, tie_word_embeddings=True),
+    "falcon": lambda: hf.FalconConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True),
+    "falcon-new": lambda: hf.FalconConfig(
+        **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "bloom": lambda: hf.BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
+    "granite": lambda: hf.GraniteConfig(**SMALL, logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5),
+    "cohere": lambda: hf.CohereConfig(**SMALL, logit_scale=0.25),
+    "olmo": lambda: hf.OlmoConfig(**SMALL),
+    "olmo2": lambda: hf.Olmo2Config(**SMALL),
+    "starcoder2": lambda: hf.Starcoder2Config(**SMALL),
+    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_experts_per_tok=2, num_local_experts=4),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=16),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
+    "gpt-oss": lambda: hf.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
+}
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
+
+
+def build(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    hf.set_seed(0)
+    config = FAMILIES[family]()
+    config._experts_implementation = "eager"  # the others have no float64
+    model = hf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += (0.2 if parameter.ndim == 1 else 0.05) * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_family_equals_the_loop(twin: Any, family: str, dtype: torch.dtype) -> None:
+    model = build(family, dtype)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if "sinks" not in name]
+    spec = "linear,embedding,lm-head,vectors" if family == "gpt-oss" else "all"
+    # some families round to float32 inside even where the model is float64
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-6 if family in ("gemma2", "bloom") else 1e-9
+    twin.compare(model, spec, names, twin.rows(LENGTHS), tolerance)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("layers", ["none", "moments"])
+def test_linear_includes_experts_and_routers(twin: Any, family: str, layers: str) -> None:
+    model = build(family)
+    names = [n for n, p in model.named_parameters() if not any(part in n for part in ("norm", "embed", "lm_head", "sinks"))]
+    assert any("experts.gate_up_proj" in name for name in names)
+    twin.compare(model, "linear", names, twin.rows(LENGTHS), 1e-9, layers=layers)
+
+
+@pytest.mark.parametrize("spec", ["re:experts.down_proj$", "re:experts.gate_up_proj_bias", "re:mlp.router"])
+def test_parts_of_a_mixture_can_be_chosen(twin: Any, spec: str) -> None:
+    model = build("gpt-oss")
+    names = [n for n, p in model.named_parameters() if re.search(spec[3:], n)]
+    twin.compare(model, spec, names, twin.rows(LENGTHS), 1e-9)
+
+
+def test_a_parameter_of_an_attention_layer_itself_has_no_rule() -> None:
+    with pytest.raises(
+        ModelError, match=r"self_attn\.sinks must belong to a layer gradsieve has a rule for, got GptOssAttention"
+    ):
+        GradientEngine(build("gpt-oss"), EngineSettings("all"))
+
+
+def test_tokens_of_each_example_go_to_their_own_experts(twin: Any) -> None:
+    model = build("mixtral")
+    with torch.no_grad():  # one expert for tokens below 50, another for the rest
+        model.model.embed_tokens.weight[:, 0] = 20.0 * (1 - 2 * (torch.arange(V) < 50).double())
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.zero_()
+            layer.mlp.gate.weight.zero_()
+            layer.mlp.gate.weight[0, 0], layer.mlp.gate.weight[1, 0] = 5.0, -5.0
+    rows = twin.rows((9, 12))
+    rows[0].ids[:], rows[1].ids[:] = rows[0].ids % 45 + 3, rows[1].ids % 45 + 51
+    for row in rows:
+        row.labels[row.labels != -100] = row.ids[row.labels != -100]
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert [twin.naive(model, rows).gradients[z][name].view(4, -1).norm(dim=1).argmax().item() for z in (0, 1)] == [1, 0]
+    names = [f"model.layers.{i}.mlp.experts.{part}_proj" for i in (0, 1) for part in ("gate_up", "down")]
+    twin.compare(model, "re:experts", names, rows * 2, 1e-9)
+
+
+def test_experts_spread_over_devices_are_refused() -> None:
+    model = build("mixtral")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    hidden, index = torch.zeros(4, 32), torch.zeros(4, 2, dtype=torch.int64)
+    with pytest.raises(ModelError, match="every token of the batch on one device"):
+        experts.run(model.model.layers[0].mlp.experts, hidden, index, torch.ones(4, 2), 2, lambda name, x, y, routing: y)
+
+
+@pytest.mark.parametrize("layers", ["none", "extremes"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "opt", "falcon", "qwen3-moe"])
+def test_checkpointing_changes_no_number(twin: Any, family: str, layers: str) -> None:
+    model = build(family, torch.float32)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    twin.compare(model, "all", names, twin.rows(LENGTHS), 3e-5, layers=layers, checkpointing=True)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_without_blocks_cannot_be_checkpointed(twin: Any) -> None:
+    model = build("mistral")
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(InvalidArgument, match="checkpointing must be off for a model without decoder blocks"):
+        GradientEngine(model, EngineSettings("embedding"), checkpointing=True)
+
+
+def test_a_block_shared_by_two_depths_is_checkpointed_twice(twin: Any) -> None:
+    model = build("mistral", torch.float32)
+    model.model.layers[1] = model.model.layers[0]
+    names = [name for name, _ in model.named_parameters()]
+    twin.compare(model, "all", names, twin.rows(LENGTHS), 3e-5, checkpointing=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_variants_of_lora_equal_the_loop(twin: Any, variant: dict[str, Any], checkpointing: bool) -> None:
+    base = twin.lora(build("mistral", torch.float32), torch.float32, **variant).get_base_model()
+    names = [name for name, _ in base.named_parameters() if "lora_" in name]
+    assert ("use_dora" in variant) == any("magnitude" in name for name in names)
+    twin.compare(base, "auto", names, twin.rows(LENGTHS), 3e-5, checkpointing=checkpointing)
+
+
+def test_adapters_of_the_embedding_are_refused(twin: Any) -> None:
+    from peft import LoraConfig
+
+    model = twin.lora(build("mistral"), torch.float64, config=LoraConfig(r=2, target_modules=["embed_tokens"]))
+    message = r"embed_tokens\.lora_embedding_A\.default must belong to a layer that the model calls"
+    with pytest.raises(ModelError, match=message), GradientEngine(model):
+        pass
+
+
+def test_adapters_of_the_head_are_refused(twin: Any) -> None:
+    from peft import LoraConfig
+
+    model = twin.lora(build("mistral"), torch.float64, config=LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ModelError, match="merge adapters of the LM head"):
+        GradientEngine(model)
+
+
+@pytest.mark.parametrize("spec", ["linear", "last:1", "lora"])
+def test_checkpointed_blocks_may_be_the_lowest_that_are_watched(twin: Any, spec: str) -> None:
+    model = build("mistral", torch.float32)
+    model = twin.lora(model, torch.float32).get_base_model() if spec == "lora" else model
+    rows, found = twin.rows(LENGTHS), []
+    for checkpointing in (False, True):
+        with GradientEngine(model, EngineSettings(spec, signals=False), checkpointing=checkpointing) as engine:
+            found.append(engine.block(twin.pad(rows)))
+    assert torch.allclose(found[0].sketch, found[1].sketch, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found[0].columns["norm"], found[1].columns["norm"], rtol=1e-5)
