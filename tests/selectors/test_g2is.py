@@ -63,6 +63,8 @@ def walk_naive(U, K, budgets, graph, ids, delta, seen=None):
 
         top = best_first()
         if not top:
+            if seen is not None:
+                seen["exhausted"] = seen.get("exhausted", 0) + 1
             break
         chosen, total = [top[0]], U[top[0]].copy()
         used.add(top[0])
@@ -115,7 +117,7 @@ def test_paper_mode_chooses_the_same_rows_in_the_same_order_as_the_published_wal
         K = on_grid(torch.tensor(pca.components_)).numpy()
         shares = pca.explained_variance_ratio_ / pca.explained_variance_ratio_.sum()
         expected = walk_naive(U, K, remainder_naive(budget, shares), graph_naive(U, ids, width), ids, 0.8, seen)
-        selection = run(G2IS("paper", explained, 0.8, width), problem, budget)
+        selection = run(G2IS("paper", explained, 0.8, width, compare_modes=False), problem, budget)
         assert selection.rows.tolist() == expected, seed
         assert bool(selection.notes and "budget asks for" in " ".join(selection.notes)) == (len(expected) < budget)
         short += len(expected) < budget
@@ -147,6 +149,8 @@ def test_the_walk_is_the_published_one_for_any_directions_budgets_and_strictness
         expected = walk_naive(U, K.numpy(), budgets, graph, ids, delta, seen)
         assert [row for component in done for row in component.rows] == expected, seed
     assert min(seen["walk"], seen["stuck"]) > 10
+    if delta == 0:
+        assert seen["exhausted"] >= 3
 
 
 def test_a_case_solved_by_hand():
@@ -172,7 +176,7 @@ def test_a_case_solved_by_hand():
     assert selection.trace["mean_cosine"] == pytest.approx(0.8)
     assert selection.trace["pool_mean_cosine"] == pytest.approx(0.28)
     assert selection.notes[0] == (
-        "3 examples are chosen of the 4 the budget asks for. component 0 ended after 3 examples of a budget of 4 examples: "
+        "3 examples are chosen of the 4 the budget asks for. component 1 ended after 3 examples of a budget of 4 examples: "
         "of the candidates left 2 conflict with one of its picks and 0 would turn their sum too far from its direction"
     )
 
@@ -284,6 +288,46 @@ def test_aligned_picks_help_the_target_where_published_picks_do_not():
     assert opposite.trace["mean_cosine"] > 0.3
 
 
+@pytest.mark.parametrize(("mode", "other"), [("aligned", "paper"), ("paper", "aligned")])
+def test_the_mean_cosine_of_either_mode_is_that_of_a_run_in_it(make_problem, mode, other):
+    problem = make_problem(60, d=8)
+    both, beside = (run(G2IS(m, 0.9, neighbours=5), problem, 12).trace for m in (mode, other))
+    assert both["modes"][other] == beside["modes"][other]
+    assert both["modes"][mode]["mean_cosine_to_target"] == pytest.approx(both["mean_cosine"])
+    assert both["modes"][other]["mean_cosine_to_target"] == pytest.approx(beside["mean_cosine"])
+    assert both["modes"]["pool"]["mean_cosine_to_target"] == pytest.approx(both["pool_mean_cosine"])
+    assert list(run(G2IS(mode, compare_modes=False), problem, 12).trace["modes"]) == [mode, "pool"]
+
+
+def test_the_share_of_picks_against_the_target_is_counted():
+    G = [[1.0, 0.1], [1.0, -0.2], [-1.0, 0.3], [0.0, 1.0]]
+    trace = run(G2IS(neighbours=3), problem_of(G, [[1.0, 0.0], [2.0, 0.0]]), 2).trace
+    assert trace["modes"]["pool"] == {
+        "rows": 4,
+        "components": None,
+        "mean_cosine_to_target": pytest.approx(trace["pool_mean_cosine"]),
+        "share_against_it": 0.25,
+    }
+    assert trace["modes"]["aligned"]["share_against_it"] == 0
+
+
+def test_a_mode_that_the_target_has_no_directions_for_is_said_so_beside_the_other():
+    trace = run(G2IS(), problem_of([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]] * 3), 1).trace
+    assert "paper" not in trace["modes"]
+    assert "needs targets that differ, got no variance" in trace["mode paper"]
+
+
+def test_the_graph_is_exact_below_a_size_and_faiss_above(make_problem, monkeypatch):
+    pytest.importorskip("faiss")
+    problem = make_problem(80)
+    assert run(G2IS(neighbours=5), problem, 1).trace["graph"] == "exact, of the visited candidates"
+    assert run(G2IS(neighbours=5), problem, 30).trace["graph"] == "exact, of all candidates"
+    monkeypatch.setattr("gradsieve.selectors.g2is.EXACT_UP_TO", 79)
+    monkeypatch.setattr("gradsieve.selectors.graph.FAISS_FROM", 10)
+    assert run(G2IS(neighbours=5), problem, 30).trace["graph"] == "faiss"
+    assert run(G2IS(neighbours=0), problem, 30).trace["graph"] == "exact, of the visited candidates"
+
+
 def test_picks_less_like_the_target_than_the_pool_are_noted():
     G = [[1.0, 0.1], [1.0, 0.2], [1.0, -0.3], [0.0, 1.0], [0.05, 1.0]]
     T = [[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]]  # centred, only the second axis is left
@@ -360,7 +404,7 @@ def test_targets_without_variance_are_refused():
     ("wrong", "message"),
     [
         ({"mode": "centred"}, "mode must be one of aligned, paper, got 'centred'"),
-        ({"graph": "hnsw"}, "graph must be one of exact, faiss, got 'hnsw'"),
+        ({"graph": "hnsw"}, "graph must be one of auto, exact, faiss, got 'hnsw'"),
         ({"on_shortfall": "pad"}, "on_shortfall must be one of stop, next-component, got 'pad'"),
         ({"explained": 0.0}, r"explained must lie in \(0, 1\], got 0.0; "),
         ({"delta": 1.5}, r"delta must lie in \[0, 1\], got 1.5; "),

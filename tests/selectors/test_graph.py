@@ -98,3 +98,17 @@ def test_faiss_finds_nearly_all_and_orders_them_exactly(monkeypatch):
         assert row not in got
         assert got == sorted(got, key=true.index)
     assert found > 0.5 * 250
+
+
+def test_what_faiss_finds_does_not_depend_on_the_order_of_the_pool(monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(module, "FAISS_FROM", 10)
+    gradients, directions, by_id = pool(900, 6, 5)
+    other = torch.randperm(900)
+    shuffled = ArrayGradients([gradients.ids[i] for i in other], gradients.sketch[other])
+    one = faiss_lists(directions, by_id, 10)
+    two = faiss_lists(Directions.of(shuffled), id_order(shuffled.ids), 10)
+    for place in (0, 100, 899):
+        row = int(other[place])
+        names = [gradients.ids[i] for i in collected(one, row)]
+        assert [shuffled.ids[i] for i in collected(two, place)] == names

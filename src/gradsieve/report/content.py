@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from gradsieve.report import facts, figures, summary, wording
+from gradsieve.report import facts, figures, pictures, summary, wording
 from gradsieve.report.figures import Floats
 from gradsieve.report.page import Page
 
@@ -64,6 +64,8 @@ def _figures(page: Page) -> dict[str, Any]:
         "taken": trade[1].tolist() if trade and trade[1] is not None else None,
         "bound": trade[2] if trade else None,
         "steps": [panel for panel in panels if panel is not None],
+        "walk": pictures.walk(page.selection.trace),
+        "bars": pictures.bars(page.selection.trace),
     }
 
 

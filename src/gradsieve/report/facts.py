@@ -15,7 +15,7 @@ from gradsieve.report.page import Page
 
 MOST_POINTS = 3000  # drawn in the scatter
 _FIRST = ("utility", "risk", "conflict", "cos/target", "score", "tokens", "completion_tokens", "loss", "norm")
-_OWN_FIGURE = frozenset({"density", "band", "path", "steps"})
+_OWN_FIGURE = frozenset({"density", "band", "path", "steps", "walk", "layout", "bars"})
 
 
 def _numbers(value: object) -> Floats | None:

@@ -8,6 +8,9 @@ The page shows these entries of `Selection.trace` (n rows in the pool) and ignor
                             trade-off curve
     density, band           mapping with `grid` and `values` [g]: a curve; and [2] the stretch of it that the chosen span
     gradient_score          [n] where each row stands on that grid: the chosen ones are marked under the curve
+    walk, layout            mapping with `component` per step [k], and mapping with places in a plane of `picks` [k, 2], of a
+                            `sample` of the pool [s, 2] and of the `target` [2]: the picture of a walk
+    bars                    mapping PANEL: mapping BAR: number ≥ 0; the first bar of a panel stands for the choice itself
     steps                   mapping KEY: numbers per step, one small plot each; keys PANEL/LINE share the plot PANEL
     a mapping of lists      the same, in plots called `NAME: KEY`
     a list of floats        of another length than n: the same; lists of whole numbers are not drawn

@@ -19,7 +19,9 @@ from gradsieve.selectors.reading import require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 Mode = Literal["aligned", "paper"]
-Graph = Literal["exact", "faiss"]
+Graph = Literal["auto", "exact", "faiss"]
+EXACT_UP_TO = 100_000
+"""Candidates up to which graph "auto" finds neighbours exactly."""
 LAYOUT = 500
 """Candidates beside the chosen ones in the picture of the walk, and the rows its plane is fitted to."""
 
@@ -49,17 +51,21 @@ class G2IS:
         explained: Share of the variance (for "aligned": of the squared length) that the directions explain, in (0, 1].
         delta: δ in [0, 1]: the cosine of the sum of the picks to its direction may fall to this share of itself in one step.
         neighbours: Neighbours of an example in the graph, at least 0; 0 for all, as in the paper.
-        graph: How neighbours are found: "exact", or "faiss", approximately, for pools above 10,000 (extra `ann`).
+        graph: How neighbours are found: "exact"; "faiss", approximately, for pools above 10,000 (extra `ann`); "auto": exact up
+            to 100,000 candidates (and where all neighbours are asked for), with faiss above.
         on_shortfall: What happens to the budget a direction cannot use: "stop" leaves it unused, as in the paper,
             "next-component" passes it on to the next one.
+        compare_modes: Whether the walk is taken in the other mode too, so that the mean cosine of its picks to the target can
+            be read beside that of the chosen; it takes the time of a second walk.
     """
 
     mode: Mode = "aligned"
     explained: float = 0.5
     delta: float = 0.8
     neighbours: int = 100
-    graph: Graph = "exact"
+    graph: Graph = "auto"
     on_shortfall: Shortfall = "stop"
+    compare_modes: bool = True
 
     title: ClassVar[str] = "G2IS"
     picks_by: ClassVar[str] = "a walk over the graph of similar gradients, along the main directions of the target"
@@ -94,8 +100,8 @@ class G2IS:
 
         The scores are the largest product of an example's direction with one of the core knowledge. The trace holds each
         component (share of the variance, budget, picks, why it ended, its cosine to the target's mean), the walk (row,
-        component, step, and how each was found: start, walk or fallback), the mean cosine of picks and of pool to the
-        target's mean gradient, and a plane to draw the walk in.
+        component, step, and how each was found: start, walk or fallback), the mean cosine to the target's mean gradient of
+        the picks in either mode and of the pool, and a plane to draw the walk in.
         """
         require(problem, self.needs, "g2is", budget)
         pool, targets = problem.candidates, problem.targets
@@ -104,45 +110,78 @@ class G2IS:
         directions = Directions.of(pool)
         notes = zero_note(pool, directions.zero, "g2is")
         T = dense(targets, id_order(targets.ids))
-        V, variance = core_knowledge(T, self.mode, self.explained)
-        price = torch.ones(len(by_id), dtype=torch.float64) if budget.tokens is None else pool.columns["tokens"]
-        budgets = _budgets(budget, pool, variance)
+        neighbours, graph = self._neighbours(directions, by_id, budget.limit(pool))
+        chosen = self._walked(self.mode, T, directions, neighbours, by_id, budget)
+        mean = T.double().mean(0)
+        mean /= mean.norm() if mean.norm() > 0 else 1.0
+        cosine = directions.products(on_grid(mean)[:, None])[:, 0]
+        scores = chosen.products.amax(1).where(~directions.zero, torch.nan)
+        correlation, length_notes = length_check({"score": scores}, pool)
+        modes = {self.mode: _towards(cosine, chosen.rows, len(chosen.done))}
+        trace: dict[str, Any] = {
+            "mode": self.mode,
+            "graph": graph,
+            "components": [
+                _component(*facts, mean) for facts in zip(chosen.done, chosen.variance.tolist(), chosen.V, strict=True)
+            ],
+            "walk": _path(chosen.done),
+            "mean_cosine": float(cosine[chosen.rows].mean()) if len(chosen.rows) else None,
+            "pool_mean_cosine": float(cosine[~directions.zero].mean()),
+            "layout": _layout(directions, chosen.rows, mean, by_id, rng),
+            "length_correlation": correlation,
+        }
+        if self.compare_modes:
+            other: Mode = "paper" if self.mode == "aligned" else "aligned"
+            try:
+                beside = self._walked(other, T, directions, neighbours, by_id, budget)
+                modes[other] = _towards(cosine, beside.rows, len(beside.done))
+            except InvalidArgument as error:  # the target has no directions in that mode
+                trace[f"mode {other}"] = str(error)
+        trace["modes"] = modes | {"pool": _towards(cosine, (~directions.zero).nonzero()[:, 0], None)}
+        notes += [*_cosine_notes(self.mode, trace), *length_notes, *_shortfall(chosen.done, budget, pool, chosen.rows)]
+        weights = torch.ones(len(chosen.rows), dtype=torch.float64)
+        return Selection(chosen.rows, weights, scores, trace, tuple(notes))
+
+    def _walked(
+        self, mode: Mode, T: Tensor, directions: Directions, neighbours: Neighbours, by_id: Tensor, budget: Budget
+    ) -> _Walked:
+        """Returns the walk along the directions of the targets' gradients T (float [m, d]) in one mode."""
+        pool = directions.gradients
+        V, variance = core_knowledge(T, mode, self.explained)
         products = directions.products(V.T)
         done = walk(
             directions,
             products,
-            budgets,
-            self._neighbours(directions, by_id, budget.limit(pool)),
+            _budgets(budget, pool, variance),
+            neighbours,
             by_id,
             delta=self.delta,
-            price=price,
+            price=torch.ones(len(by_id), dtype=torch.float64) if budget.tokens is None else pool.columns["tokens"],
             on_shortfall=self.on_shortfall,
         )
         rows = torch.tensor([row for component in done for row in component.rows], dtype=torch.long)
-        mean = T.double().mean(0)
-        mean /= mean.norm() if mean.norm() > 0 else 1.0
-        cosine = directions.products(on_grid(mean)[:, None])[:, 0]
-        scores = products.amax(1).where(~directions.zero, torch.nan)
-        correlation, length_notes = length_check({"score": scores}, pool)
-        trace = {
-            "mode": self.mode,
-            "components": [_component(*facts, mean) for facts in zip(done, variance.tolist(), V, strict=True)],
-            "walk": _path(done),
-            "mean_cosine": float(cosine[rows].mean()) if len(rows) else None,
-            "pool_mean_cosine": float(cosine[~directions.zero].mean()),
-            "layout": _layout(directions, rows, mean, by_id, rng),
-            "length_correlation": correlation,
-        }
-        notes += [*_cosine_notes(self.mode, trace), *length_notes, *_shortfall(done, budget, pool, rows)]
-        return Selection(rows, torch.ones(len(rows), dtype=torch.float64), scores, trace, tuple(notes))
+        return _Walked(V, variance, products, done, rows)
 
-    def _neighbours(self, directions: Directions, by_id: Tensor, limit: int) -> Neighbours:
+    def _neighbours(self, directions: Directions, by_id: Tensor, limit: int) -> tuple[Neighbours, str]:
+        """Returns the graph, and in words how it was made."""
         n = len(by_id)
-        if self.graph == "faiss":
-            return faiss_lists(directions, by_id, self.neighbours)
-        if self.neighbours and limit * VISITS > n > 1 and directions.cache is not None:
-            return follow(exact_graph(directions, by_id, min(self.neighbours, n - 1)))
-        return lists_on_demand(directions, by_id, self.neighbours)
+        if self.graph == "faiss" or (self.graph == "auto" and n > EXACT_UP_TO and self.neighbours):
+            return faiss_lists(directions, by_id, self.neighbours), "faiss"
+        visits = limit * (2 if self.compare_modes else 1)
+        if self.neighbours and visits * VISITS > n > 1 and directions.cache is not None:
+            return follow(exact_graph(directions, by_id, min(self.neighbours, n - 1))), "exact, of all candidates"
+        return lists_on_demand(directions, by_id, self.neighbours), "exact, of the visited candidates"
+
+
+@dataclass(frozen=True, eq=False)
+class _Walked:
+    """The directions of core knowledge V [v, d] with their shares [v] and products [n, v], and what the walk did with them."""
+
+    V: Tensor
+    variance: Tensor
+    products: Tensor
+    done: list[Component]
+    rows: Tensor
 
 
 def core_knowledge(T: Tensor, mode: Mode, explained: float) -> tuple[Tensor, Tensor]:
@@ -209,6 +248,13 @@ def _component(done: Component, share: float, v: Tensor, mean: Tensor) -> dict[s
     }
 
 
+def _towards(cosine: Tensor, rows: Tensor, components: int | None) -> dict[str, float | int | None]:
+    """Returns how these rows stand to the target's mean: one line of the table of modes."""
+    own = cosine[rows]
+    mean, against = (float(own.mean()), float((own < 0).double().mean())) if len(rows) else (None, None)
+    return {"rows": len(rows), "components": components, "mean_cosine_to_target": mean, "share_against_it": against}
+
+
 def _path(done: Sequence[Component]) -> dict[str, list[Any]]:
     steps = [(row, c, j, how) for c, x in enumerate(done) for j, (row, how) in enumerate(zip(x.rows, x.via, strict=True))]
     return {name: [step[i] for step in steps] for i, name in enumerate(("row", "component", "step", "via"))}
@@ -255,7 +301,7 @@ def _shortfall(done: Sequence[Component], budget: Budget, pool: Gradients, rows:
         head = f"the chosen {len(rows)} examples spend {spent} of the budget's {budget.tokens} tokens"
     causes = [
         f"component {c} ended after {len(x.rows)} examples of a budget of {x.budget:.0f} {what}: {_cause(x, pool)}"
-        for c, x in enumerate(done)
+        for c, x in enumerate(done, 1)
         if x.stop != "budget"
     ]
     shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more components, see the trace" if len(causes) > 3 else "")

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.density import density, silverman
 from gradsieve.selectors.directions import Directions, marginal_relevance
+from gradsieve.selectors.grads_ablation import ablation
 from gradsieve.selectors.ranking import (
     best_first,
     deviation,
@@ -98,8 +99,9 @@ class GrADS:
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order they were taken; scores are the first two factors, weighted.
 
-        The trace holds s of every candidate, its density and statistics over the pool, the range of s that was chosen, and the
-        three factors of every pick. `rng` is used by prefer "proportional" and "stratified" only.
+        The trace holds s of every candidate, its density and statistics over the pool, the range of s that was chosen, the
+        three factors of every pick, and what each factor alone would choose among a sample. `rng` is used by prefer
+        "proportional" and "stratified" only.
         """
         require(problem, self.needs, "grads", budget)
         pool = problem.candidates
@@ -134,6 +136,9 @@ class GrADS:
             "statistics": _statistics(pool, rows, chosen),
             "length_correlation": correlation,
         }
+        if directions is not None:
+            factors_weight = self.score_weight, self.diversity_weight, self.novelty_weight
+            trace |= ablation(directions, first, diversity, factors_weight, rows, budget.limit(pool) / n)
         weights = torch.ones(len(chosen), dtype=torch.float64)
         return Selection(chosen, weights, scores, trace, (*notes, *length_notes, *shortfall))
 
