@@ -9,10 +9,11 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gradsieve"
 
-BASE = {"errors", "types", "__init__"}
+BASE = {"errors", "types", "__init__", "atomic"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
+    "atomic": {"errors"},
     "clock": set(),
     "memory": set(),
     "data": BASE,

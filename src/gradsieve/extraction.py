@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
+from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.data import IGNORE, Excluded, Tokens, tokenize
 from gradsieve.data.batches import batches, pad, plan_units
@@ -23,7 +24,6 @@ from gradsieve.gradients.settings import Batch, EngineSettings
 from gradsieve.memory import Trimmer
 from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit
-from gradsieve.store.manifest import write_atomically
 from gradsieve.types import Example, Reference
 
 ENGINE_VERSION = 1  # raised whenever the numbers of a row change

@@ -25,6 +25,7 @@ import tyro
 import xxhash
 
 from gradsieve import __version__
+from gradsieve.atomic import replacing
 from gradsieve.clock import Progress, silent
 from gradsieve.data import row_fields, write_jsonl, write_lines
 from gradsieve.errors import DataError, InvalidArgument
@@ -188,13 +189,8 @@ def _write_scores(result: Result, path: Path) -> None:
         values = selection.trace.get(name)
         if values is not None and len(values) == n:
             table[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        pq.write_table(pa.table(table), temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: could not be written: {error}; free space or name another folder") from None
+    with replacing(path) as file:
+        pq.write_table(pa.table(table), file)
 
 
 def _record(result: Result) -> dict[str, Any]:

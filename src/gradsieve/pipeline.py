@@ -342,10 +342,12 @@ class _Run:
         if any(built_in):
             if len(files) > 1:
                 raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
-            from gradsieve.demo import demo_set
+            from gradsieve.demo import demo_set, describe
 
             size = built_in[0][1] if built_in[0] else None
-            return demo_set(role, int(size) if size else None, self.job.seed)
+            examples = demo_set(role, int(size) if size else None, self.job.seed)
+            self.formats[role] = describe(examples)
+            return examples
         dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
         self.notes += dataset.notes
         self.formats[role] = dataset.format

@@ -14,7 +14,7 @@ import pytest
 from gradsieve.data import read_examples, write_jsonl
 from gradsieve.demo import pool as module
 from gradsieve.demo.faults import SHARES
-from gradsieve.demo.pool import demo_anchor, demo_pool, demo_set, demo_target, demo_test
+from gradsieve.demo.pool import demo_anchor, demo_pool, demo_set, demo_target, demo_test, describe
 from gradsieve.demo.terms import Term, read_terms
 from gradsieve.demo.wording import QUESTIONS
 from gradsieve.errors import InvalidArgument, MissingExtra
@@ -239,3 +239,8 @@ def test_written_and_read_again_the_examples_are_the_same(tmp_path, pool):
         assert [(e.id, e.messages, e.raw, e.category) for e in again] == [
             (e.id, e.messages, e.raw, e.category) for e in examples
         ]
+
+
+def test_a_built_in_set_says_what_it_is_made_of() -> None:
+    assert describe(demo_anchor(0, "facts")) == "the built-in set (60 word problem, 60 facts)"
+    assert describe(demo_target(0)) == "the built-in set"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsieve.errors import DataError
 from gradsieve.report import Page, Source, render, write_report
 from gradsieve.types import Selection
 
@@ -276,7 +277,7 @@ def test_a_report_is_written_whole_or_not_at_all(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="report.html: cannot be written: disk full"):
         write_report(dataclasses.replace(page, method="Other"), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -125,6 +125,13 @@ def demo_anchor(seed: int = 0, knowledge: Knowledge = "auto") -> list[Example]:
     return [_example("anchor", i, question, answer, labels) for i, (question, answer, labels) in enumerate(rows)]
 
 
+def describe(examples: Sequence[Example]) -> str:
+    """Returns what a built-in set is made of: `60 word problem, 60 MMLU`, where its examples name their sources."""
+    counts = Counter(source.partition(":")[0] for example in examples if (source := json.loads(example.raw).get("source")))
+    parts = ", ".join(f"{count} {source}" for source, count in counts.items())
+    return f"the built-in set ({parts})" if parts else "the built-in set"
+
+
 def _fault_counts(examples: int) -> dict[str, int]:
     return {kind: round(share * examples) for kind, share in faults.SHARES.items()}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from gradsieve.atomic import write_atomically
 from gradsieve.report import wording
 from gradsieve.report.content import content
 from gradsieve.report.page import Page
@@ -39,18 +40,7 @@ def render(page: Page) -> str:
 
 def write_report(page: Page, path: str | os.PathLike[str]) -> None:
     """Writes the report to `path`: all of it or, if anything fails, nothing."""
-    target = Path(path)
-    text = render(page).encode("utf-8")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(Path(path), render(page).encode("utf-8"))
 
 
 def _packaged(name: str) -> str:

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from gradsieve.atomic import write_atomically
 from gradsieve.errors import StoreCorrupt, StoreError
-from gradsieve.store.manifest import NAME, Manifest, write_atomically
+from gradsieve.store.manifest import NAME, Manifest
 from gradsieve.store.shards import check_shard, pack_sketch, read_sketch, read_tensors, write_shard
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from gradsieve.atomic import write_atomically
 from gradsieve.errors import StoreCorrupt
-from gradsieve.store.manifest import write_atomically
 
 
 def pack_sketch(sketch: Tensor) -> tuple[Tensor, Tensor]:
