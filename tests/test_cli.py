@@ -156,9 +156,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    from gradsieve.store import manifest
-
-    monkeypatch.setattr(manifest.os, "replace", full)
+    monkeypatch.setattr("os.fsync", full)
     assert cli.run(["select", "less", *flags(tiny_model, write_data, tmp_path / "o")]) == 2
     shown = capsys.readouterr().err
-    assert "No space left on device; free space or choose another folder" in shown
+    assert "No space left on device; free space or write to another disk" in shown

@@ -277,7 +277,7 @@ def test_a_report_is_written_whole_or_not_at_all(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(DataError, match="report.html: cannot be written: disk full"):
+    with pytest.raises(DataError, match=r"report\.html: cannot be written: disk full"):
         write_report(dataclasses.replace(page, method="Other"), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
