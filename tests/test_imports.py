@@ -21,6 +21,7 @@ ALLOWED = {
     "store": BASE,
     "selectors": BASE,
     "report": BASE,
+    "evaluate": BASE | {"clock", "data", "gradients"},
     "demo": BASE | {"data"},
     "models": BASE | {"demo"},
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},

@@ -63,8 +63,7 @@ def corrupt(examples: Sequence[Example], how: How = "auto", *, seed: int = 0) ->
     if len({example.id for example in examples}) < len(examples):
         raise InvalidArgument(f"examples to corrupt must have unique ids, got {len(examples)} with some repeated")
     if how == "auto":
-        worked = sum(_has_worked_number(_answer(example)) for example in examples)
-        how = "numbers" if examples and 2 * worked >= len(examples) else "exchange"
+        how = "numbers" if mostly_worked(examples) else "exchange"
     if how == "exchange":
         texts = _exchanged(examples, seed)
     else:
@@ -78,6 +77,12 @@ def corrupt(examples: Sequence[Example], how: How = "auto", *, seed: int = 0) ->
         skipped=[example for example in examples if example.id not in texts],
         how=how,
     )
+
+
+def mostly_worked(examples: Sequence[Example]) -> bool:
+    """Says whether at least half of the answers contain a worked number: `= 12`, `answer is 12`, `#### 12`, `\\boxed{12}`."""
+    worked = sum(_has_worked_number(_answer(example)) for example in examples)
+    return bool(examples) and 2 * worked >= len(examples)
 
 
 def _answer(example: Example) -> str:

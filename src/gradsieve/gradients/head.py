@@ -82,6 +82,23 @@ Errors = Callable[[slice | Tensor], Tensor]
 """Gives an example's errors e for a part of the vocabulary (a range, or token ids), [T_z, part]."""
 
 
+def scaling(config: Any) -> tuple[float, float]:
+    """Returns what a model does to W h + bias: its factor (1 where it has none) and its soft cap (0 where it has none)."""
+    factor = 1.0
+    if getattr(config, "logits_scaling", None):
+        factor = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None):
+        factor = float(config.logit_scale)
+    return factor, float(getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def shape_logits(raw: Tensor, factor: float, cap: float) -> Tensor:
+    """Returns the logits that a model makes of W h + bias."""
+    if factor != 1.0:
+        raw = raw * factor
+    return (raw / cap).tanh_().mul_(cap) if cap else raw
+
+
 class Head:
     """The output layer of a causal language model: logits = f(W h + bias).
 
@@ -96,14 +113,8 @@ class Head:
                 f"the model's output layer must be nn.Linear, got {type(module).__name__}; "
                 "merge adapters of the LM head before extraction"
             )
-        config = model.config
         self.module = module
-        self.factor = 1.0
-        if getattr(config, "logits_scaling", None):
-            self.factor = 1.0 / float(config.logits_scaling)
-        elif getattr(config, "logit_scale", None):
-            self.factor = float(config.logit_scale)
-        self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.factor, self.cap = scaling(model.config)
         self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
         self._memory = torch.empty(0)
 
@@ -114,9 +125,7 @@ class Head:
 
     def _shaped(self, raw: Tensor) -> Tensor:
         """Applies f to W h + bias."""
-        if self.factor != 1.0:
-            raw = raw * self.factor
-        return (raw / self.cap).tanh_().mul_(self.cap) if self.cap else raw
+        return shape_logits(raw, self.factor, self.cap)
 
     def _slope(self, logits: Tensor) -> Tensor | float:
         """The derivative of f, from its value."""
