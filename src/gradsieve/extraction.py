@@ -26,7 +26,7 @@ from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit
 from gradsieve.types import Example, Reference
 
-ENGINE_VERSION = 1  # raised whenever the numbers of a row change
+ENGINE_VERSION = 2  # raised whenever the numbers of a row change
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +182,7 @@ def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[s
             "engine": ENGINE_VERSION,
             "params": engine.params,
             "reduction": engine.reduction,
+            "direction": "adam, LESS form" if engine.less_form else engine.direction,
             "sketch": {"dim": engine.sketch.dim, "seed": engine.sketch.seed},
             "columns": {"norms": engine.norms, "signals": engine.signals, "layers": engine.layers},
             "dtype": str(compute.dtype).removeprefix("torch."),

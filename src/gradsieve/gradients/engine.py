@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import experts, modules
 from gradsieve.gradients.accumulator import Accumulator
+from gradsieve.gradients.adam import Moments
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.head import Head, Supervised
 from gradsieve.gradients.parameters import Site, choose_parameters, is_fused, unwrap
@@ -40,10 +41,12 @@ class GradientEngine:
         references: Directions whose exact products with every example's gradient are wanted.
         checkpointing: Whether to keep no activations inside the decoder's blocks and run each again in the backward pass:
             the same numbers for about a third more time and much less memory.
+        moments: The optimizer's state that Adam's direction starts from; needed for `settings.direction` `adam`.
 
     Raises:
         ModelError: The model's head does something our loss does not know, or a chosen parameter has no rule.
-        InvalidArgument: `settings.params` matches nothing, or `checkpointing` is on for a model without blocks.
+        InvalidArgument: `settings.params` matches nothing, `checkpointing` is on for a model without blocks, or `moments`
+            do not go with direction and parameters.
     """
 
     def __init__(
@@ -53,12 +56,18 @@ class GradientEngine:
         references: References | None = None,
         *,
         checkpointing: bool = False,
+        moments: Moments | None = None,
     ) -> None:
         self.settings = settings or EngineSettings()
+        if (self.settings.direction == "adam") != (moments is not None):
+            got = "none" if moments is None else "some"
+            raise InvalidArgument(
+                f"moments must be given for direction adam and no other, got {got} for {self.settings.direction}"
+            )
         self.model: Any = unwrap(model)
         self.sites = choose_parameters(self.model, self.settings.params)
         self.head = Head(self.model)
-        self._tools = Tools(self.settings, self.head, self.model, self.sites, references)
+        self._tools = Tools(self.settings, self.head, self.model, self.sites, references, moments)
         self._blocks = _blocks(self.model) if checkpointing else []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._flags: list[tuple[Tensor, bool]] = []
@@ -112,7 +121,10 @@ class GradientEngine:
         return self._run(Accumulator(self._tools, batch)).sums.block()
 
     def mean_gradient(self, batches: Iterable[Batch]) -> MeanGradient:
-        """Returns the mean gradient over all examples of the batches (OGS-1), and what its reliability needs."""
+        """Returns the mean gradient over all examples of the batches (OGS-1), and what its reliability needs.
+
+        It is the mean of plain gradients whatever the direction: LESS compares Γ of the pool with g of the target.
+        """
         mean = MeanGradient.zeros({self._tools.key(site): site.shape for site in self.sites}, self.head.module.weight)
         for batch in batches:
             sums = self._run(Accumulator(self._tools, batch, mean)).sums

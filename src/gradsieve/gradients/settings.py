@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from gradsieve.errors import InvalidArgument
 from gradsieve.gradients.sketch import SketchPlan
 
 
@@ -23,6 +24,9 @@ class EngineSettings:
         signals: Whether the embedding's and the LM head's norm, mean, sd, max and min are taken (GRADS-1).
         layers: Statistics of every single parameter as columns: `none`, `moments` (norm, mean, sd) or `extremes` (and
             max, min).
+        direction: `sgd`: sketches, norms, products and the statistics of parameters are those of the gradient g; `adam`: of
+            Γ(z), see `gradsieve.gradients.adam`. Reference directions and `signals` are of plain gradients either way.
+        less_form: Whether Γ is taken as the LESS code has it.
     """
 
     params: str = "auto"
@@ -31,6 +35,12 @@ class EngineSettings:
     norms: bool = True
     signals: bool = True
     layers: Literal["none", "moments", "extremes"] = "none"
+    direction: Literal["sgd", "adam"] = "sgd"
+    less_form: bool = False
+
+    def __post_init__(self) -> None:
+        if self.less_form and self.direction != "adam":
+            raise InvalidArgument(f"less_form must go with direction adam, got {self.direction}; leave it out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,14 @@ class Sums:
         groups: Statistics per group: "" is φ, then `embedding`, `lm_head`, then single parameters.
         counts: Completion tokens per example, float64 [B].
         norm: Whether ‖g‖ is taken.
+        adam: What turns gradients into Γ, where that is wanted.
     """
 
     def __init__(self, tools: Tools, batch: int, mean: MeanGradient | None = None) -> None:
         k = tools.settings.sketch.side
         self.tools, self.mean = tools, mean
         self.references = References() if mean is not None else tools.references
+        self.adam = tools.adam if mean is None else None
         self.norm = tools.settings.norms or tools.moments or mean is not None
         self.extremes = tools.extremes and mean is None
         self.moments = tools.moments and mean is None
@@ -67,6 +69,8 @@ class Sums:
 
     def way(self, site: Site, length: int, sharers: int) -> layers.Way:
         """Returns how a linear layer's quantities are taken from inputs of this length."""
+        if self.adam is not None:
+            return layers.Way(products=True, sketch_products=True)
         d_out, d_in = site.product_shape
         return layers.choose_way(
             length,
@@ -122,7 +126,7 @@ class Sums:
         elif not way.sketch_products:
             left = b @ self.tools.projection(f"{site.name}/out", site.shape[0], b.dtype)[part]
             self._cells[rows] += torch.bmm(left.mT, self._project(reading, a))
-        if self.moments:
+        if self.moments and self.adam is None:
             total = (b.sum(2) * self._input_sums(reading, a)).sum(1, dtype=torch.float64)
             for group in groups:
                 group.total[rows] += total
@@ -172,6 +176,10 @@ class Sums:
         members = torch.arange(len(self._loss), device=tools.device)[rows]
         for some, columns, G in layers.product_tiles(a, b, tools.memory):
             mine = members[some]
+            if self.adam is not None:
+                G = self.adam.of(site.name, G, columns)
+                for group in groups if self.moments else ():
+                    group.total[mine] += G.sum((1, 2), dtype=torch.float64)
             if self.norm:
                 squares = layers.squared_norm(G)
                 for group in groups:
@@ -181,15 +189,17 @@ class Sums:
                 for group in groups:
                     group.extend(smallest, largest, mine)
             if len(references):
-                self._dots[mine] += layers.dots(G, references[:, columns])
+                self._dots[mine] += layers.dots(G, references[:, columns].to(G.dtype))
             if way.sketch_products and self.mean is None:
-                left = tools.projection(f"{site.name}/out", site.shape[0], b.dtype)[part][columns]
-                self._cells[mine] += layers.sketch_of(G, left, tools.projection(f"{reader}/in", a.shape[2], a.dtype))
+                left = tools.projection(f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
+                self._cells[mine] += layers.sketch_of(G, left, tools.projection(f"{reader}/in", a.shape[2], G.dtype))
 
     def add_whole(self, site: Site, G: Tensor) -> None:
         """Adds the gradients of a small parameter themselves, [B, …] in the parameter's own shape."""
         tools, name = self.tools, site.name
         G = G.to(tools.dtype).reshape(len(G), *site.shape)
+        if self.adam is not None:
+            G = self.adam.of(name, G)
         if self.mean is not None:
             self.mean.tensors[name] += G.sum(0)
         elif site.shape[1] > 1:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsieve.gradients.adam import AdamDirection, Moments
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.head import Head
 from gradsieve.gradients.parameters import Site
@@ -17,7 +18,13 @@ class Tools:
     """What all batches share: projections, references, reused memory."""
 
     def __init__(
-        self, settings: EngineSettings, head: Head, model: Any, sites: list[Site], references: References | None
+        self,
+        settings: EngineSettings,
+        head: Head,
+        model: Any,
+        sites: list[Site],
+        references: References | None,
+        moments: Moments | None,
     ) -> None:
         self.settings = settings
         self.head = head
@@ -29,6 +36,7 @@ class Tools:
         self.dtype = head.dtype
         self.extremes = settings.layers == "extremes"
         self.moments = settings.layers != "none"
+        self.adam = AdamDirection(moments, sites, settings.less_form, self.device, self.dtype) if moments else None
         self.repeated: frozenset[nn.Module] = frozenset()
         self._projections: dict[tuple[str, torch.dtype], Tensor] = {}
         self._buckets: dict[str, tuple[Tensor, Tensor]] = {}
