@@ -23,6 +23,7 @@ ALLOWED = {
     "report": BASE,
     "evaluate": BASE | {"clock", "data", "gradients"},
     "demo": BASE | {"data"},
+    "train": BASE | {"clock", "data", "gradients"},
     "models": BASE | {"demo"},
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},
     "pipeline": BASE | {"clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
