@@ -28,8 +28,10 @@ ALLOWED = {
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},
     "pipeline": BASE | {"clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
+    "export": BASE | {"data", "models"},
+    "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},
-    "cli": BASE | {"demo", "data", "store", "selectors", "pipeline", "outputs", "demo_run"},
+    "cli": BASE | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "demo_run"},
     "__init__": BASE | {"pipeline", "selectors"},
 }
 

@@ -15,6 +15,8 @@ USAGE = """gradsieve chooses the fine-tuning examples that teach a language mode
   gradsieve methods                   what each method reads, picks by and costs
   gradsieve extract …                 take gradients into a store, without choosing yet
   gradsieve store info|verify DIR     what a store holds; check every byte of it
+  gradsieve export RUN                write a selection for TRL, LLaMA-Factory, axolotl, Parquet or datasets
+  gradsieve report RUN                write a run's report again, without a model
   gradsieve replay RUN/run.json       do a run again and compare
 
 `gradsieve COMMAND --help` lists a command's options. Documentation: docs/ in the repository."""
@@ -141,6 +143,27 @@ def _store(arguments: list[str]) -> int:
     return 2 if broken else 0
 
 
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.export import Export, export
+
+    out, notes = export(tyro.cli(Export, prog="gradsieve export", args=arguments, config=_tyro_config()))
+    print(f"written to {out}")
+    for note in notes:
+        print(note)
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.rebuild import Rebuild, rebuild
+
+    print(f"written to {rebuild(tyro.cli(Rebuild, prog='gradsieve report', args=arguments, config=_tyro_config()))}")
+    return 0
+
+
 def _replay(arguments: list[str]) -> int:
     import tyro
 
@@ -160,6 +183,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "methods": _methods,
     "extract": _extract,
     "store": _store,
+    "export": _export,
+    "report": _report,
     "replay": _replay,
 }
 

@@ -29,9 +29,9 @@ from gradsieve.atomic import replacing
 from gradsieve.clock import Progress, silent
 from gradsieve.data import row_fields, write_jsonl, write_lines
 from gradsieve.errors import DataError, InvalidArgument
-from gradsieve.pipeline import Result, select
+from gradsieve.pipeline import Result, method_class, select
 from gradsieve.report import Page, Source, Stage, write_report
-from gradsieve.types import Example
+from gradsieve.types import Example, Selection
 
 FILES = (
     ("selected.jsonl", "the chosen examples, exactly as given, best first"),
@@ -53,9 +53,9 @@ def save(result: Result, out: Path) -> Path:
             for e in result.excluded
         ]
         write_lines(out / "excluded.jsonl", (json.dumps(row, ensure_ascii=False).encode() for row in excluded))
-    record = json.dumps(_record(result), indent=2, ensure_ascii=False)
-    write_lines(out / "run.json", record.encode().split(b"\n"))
-    write_report(page(result), out / "report.html")
+    record = _record(result)
+    write_lines(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode().split(b"\n"))
+    write_report(page(result, record), out / "report.html")
     return out
 
 
@@ -112,33 +112,55 @@ def replay(run: Path, out: Path, progress: Progress = silent) -> Result:
     return result
 
 
-def page(result: Result) -> Page:
-    """Returns what the report says about a result."""
-    name, selector = result.method
+def page(result: Result, record: Mapping[str, Any] | None = None) -> Page:
+    """Returns what the report says about a result; `record` is what its run.json holds, made anew if not given."""
     by_id = {example.id: example for example in result.sets["pool"].examples}
-    examples = [by_id[id] for id in result.pool.ids]
+    ids = list(result.pool.ids)
+    excluded = [(e.id, e.reason) for e in result.excluded]
+    return page_of(record or _record(result), [by_id[id] for id in ids], dict(result.pool.columns), result.selection, excluded)
+
+
+def page_of(
+    record: Mapping[str, Any],
+    examples: Sequence[Example],
+    columns: Mapping[str, torch.Tensor],
+    selection: Selection,
+    excluded: Sequence[tuple[str, str]],
+) -> Page:
+    """Returns what the report says about a recorded run.
+
+    Args:
+        record: The content of run.json.
+        examples: The usable pool, [n].
+        columns: Numbers per row by name, [n] each.
+        selection: What was chosen; its notes stand at the end of the record's.
+        excluded: Id and reason of the other examples.
+    """
+    name, settings = record["method"]["name"], record["method"]["settings"]
+    kind = method_class(name)
     groups, groups_are = _groups(examples)
+    inputs = record["inputs"].items()
     return Page(
-        method=getattr(selector, "title", name),
-        picks_by=getattr(selector, "picks_by", "its own score"),
-        source=getattr(selector, "source", ""),
-        settings=dataclasses.asdict(selector),  # type: ignore[call-overload]
-        model=result.model.name,
-        sources=[Source(role, _source_name(result, role), len(part.examples)) for role, part in result.sets.items()],
-        budget=result.job.budget,
-        seed=result.job.seed,
-        date=_now(),
-        version=__version__,
-        ids=list(result.pool.ids),
+        method=getattr(kind, "title", name),
+        picks_by=getattr(kind, "picks_by", "its own score"),
+        source=getattr(kind, "source", ""),
+        settings=settings,
+        model=record["model"]["name"],
+        sources=[Source(role, ", ".join(part["files"]) or "examples from memory", part["examples"]) for role, part in inputs],
+        budget=record["job"]["budget"],
+        seed=record["job"]["seed"],
+        date=record["date"],
+        version=record["gradsieve"],
+        ids=[example.id for example in examples],
         prompts=[_prompt(example) for example in examples],
         completions=[str(example.messages[-1].get("content") or "") for example in examples],
-        selection=result.selection,
-        columns=dict(result.pool.columns),
+        selection=selection,
+        columns=columns,
         groups=groups,
         groups_are=groups_are,
-        excluded=[(e.id, e.reason) for e in result.excluded],
-        notes=list(result.notes),
-        stages=[Stage(c.stage, c.wall_seconds, c.cpu_seconds, c.bytes) for c in result.clock.costs],
+        excluded=excluded,
+        notes=[note for note in record["notes"] if note not in selection.notes],
+        stages=[Stage(c["stage"], c["wall_seconds"], c["cpu_seconds"], c["bytes"]) for c in record["stages"]],
         files=list(FILES),
     )
 
@@ -157,11 +179,6 @@ def _prompt(example: Example) -> str:
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _source_name(result: Result, role: str) -> str:
-    files: tuple[str, ...] = getattr(result.job, role)
-    return ", ".join(files) if files else "examples from memory"
 
 
 def _write_scores(result: Result, path: Path) -> None:
@@ -185,17 +202,41 @@ def _write_scores(result: Result, path: Path) -> None:
     }
     for name, column in pool.columns.items():
         table[name] = pa.array(column.tolist(), pa.float64())
-    for name in ("utility", "risk"):
-        values = selection.trace.get(name)
-        if values is not None and len(values) == n:
-            table[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
+    for name, values in _per_row(result).items():
+        table[score_column(name)] = pa.array(values, pa.float64())
     with replacing(path) as file:
         pq.write_table(pa.table(table), file)
+
+
+def score_column(entry: str) -> str:
+    """Returns the column of scores.parquet that holds an entry of the trace with a number per row."""
+    return entry if entry in ("utility", "risk") else f"trace/{entry}"
+
+
+def _per_row(result: Result) -> dict[str, list[float | None]]:
+    """The entries of the trace that have one number per row of the pool."""
+    n = len(result.pool.ids)
+    rows = {}
+    for name, values in result.selection.trace.items():
+        plain = _plain(values)
+        if isinstance(plain, list) and len(plain) == n and all(v is None or isinstance(v, int | float) for v in plain):
+            rows[name] = [None if v is None else float(v) for v in plain]
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _record(result: Result) -> dict[str, Any]:
     name, selector = result.method
     job = dataclasses.asdict(result.job)
+    per_row = _per_row(result)
     chosen = [result.pool.ids[row] for row in result.selection.rows.tolist()]
     return {
         "gradsieve": __version__,
@@ -219,6 +260,8 @@ def _record(result: Result) -> dict[str, Any]:
             "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
         },
         "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
+        "trace": {key: _plain(value) for key, value in result.selection.trace.items() if key not in per_row},
+        "trace_columns": sorted(per_row),
         "notes": [*result.notes, *result.selection.notes],
         "excluded": len(result.excluded),
         "stages": [dataclasses.asdict(cost) for cost in result.clock.costs],

@@ -1,0 +1,286 @@
+"""A finished selection → files that another trainer reads as they are, with the loss on the tokens that the gradients saw.
+
+trl            `train/` with token ids and labels (TRL uses both unchanged), and `sft.yaml` for `trl sft --config`
+llamafactory   `train.json`, `dataset_info.json`, and `train.yaml` for `llamafactory-cli train`
+axolotl        `train.jsonl`, and `axolotl.yaml` for `axolotl train`
+parquet        `train.parquet`: id, messages, rank, score, weight
+hf             `train/`, the same columns, for `datasets.load_from_disk`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+import yaml
+
+from gradsieve.atomic import replacing, write_atomically
+from gradsieve.data import Format, read_examples, tokenize
+from gradsieve.errors import DataError, InvalidArgument
+from gradsieve.models import find_model
+from gradsieve.types import Example
+
+Target = Literal["trl", "llamafactory", "axolotl", "parquet", "hf"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a selection for another trainer.
+
+    Attributes:
+        run: Folder of a selection (with run.json and selected.jsonl).
+        format: trl, llamafactory, axolotl, parquet or hf.
+        out: Folder for the files; `export-FORMAT` inside the run by default.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    format: Target = "trl"
+    out: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A selection as it was written.
+
+    Attributes:
+        record: The run.json.
+        examples: Chosen examples, best first.
+        weights: Theirs, in that order.
+        scores: Theirs, in that order; NaN where the method gives none.
+    """
+
+    record: Mapping[str, Any]
+    examples: Sequence[Example]
+    weights: Sequence[float]
+    scores: Sequence[float]
+
+
+def export(command: Export) -> tuple[Path, list[str]]:
+    """Writes the files and returns their folder and what the user must know of them.
+
+    Raises:
+        DataError: The run's files cannot be read, or do not belong together.
+        InvalidArgument: The folder to write to is not empty.
+    """
+    chosen = read_chosen(command.run)
+    out = command.out or command.run / f"export-{command.format}"
+    if out.exists() and any(out.iterdir()):
+        raise InvalidArgument(f"out must be a new or empty folder, got {out} with files in it; name another with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    notes = _WRITERS[command.format](chosen, out)
+    weighted = len(set(chosen.weights)) > 1
+    if weighted and command.format not in ("parquet", "hf"):
+        notes.append(
+            f"{chosen.record['method']['name']} gave weights, and {command.format} knows none: every example counts the same "
+            "there; `gradsieve compare` honours them"
+        )
+    return out, notes
+
+
+def read_chosen(run: Path) -> Chosen:
+    """Returns the selection in a run's folder.
+
+    Raises:
+        DataError: A file is missing or broken, or the scores are not those of the chosen examples.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        record = json.loads((run / "run.json").read_bytes())
+        scores = pq.read_table(run / "scores.parquet", columns=["id", "rank", "weight", "score"]).to_pylist()
+        shape = record["inputs"]["pool"]["format"]
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{run}: must be the folder of a selection, got {_line(error)}") from None
+    known: Format = shape if shape in get_args(Format) else "auto"  # a built-in set has a description there
+    examples = read_examples([run / "selected.jsonl"], format=known).examples
+    ranked = sorted((row for row in scores if row["rank"] is not None), key=lambda row: row["rank"])
+    if len(ranked) != len(examples):
+        raise DataError(
+            f"{run}: scores.parquet must rank the {len(examples)} examples of selected.jsonl, got {len(ranked)}; select again"
+        )
+    return Chosen(record, examples, [row["weight"] for row in ranked], [row["score"] for row in ranked])
+
+
+def _trl(chosen: Chosen, out: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    job, model = chosen.record["job"], chosen.record["model"]
+    if model["live"]:
+        raise InvalidArgument("the run must name its model's folder, got a model object; export to parquet instead")
+    source = find_model(job["model"], trust_remote_code=job["trust_remote_code"])
+    template = Path(job["chat_template"]).read_text(encoding="utf-8") if job["chat_template"] else None
+    done = tokenize(chosen.examples, source.tokenizer, max_length=job["max_length"], chat_template=template)
+    table = pa.table(
+        {
+            "input_ids": pa.array([t.input_ids for t in done.tokens], pa.list_(pa.int32())),
+            "labels": pa.array([t.labels for t in done.tokens], pa.list_(pa.int32())),
+        }
+    )
+    (out / "train").mkdir()
+    with replacing(out / "train" / "train.parquet") as file:
+        pq.write_table(table, file)
+    config = {
+        "model_name_or_path": str(source.folder),
+        "dataset_name": str((out / "train").absolute()),
+        "output_dir": str((out / "model").absolute()),
+        "max_length": job["max_length"],
+        "learning_rate": 2.0e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 16,
+        "use_peft": True,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_target_modules": ["all-linear"],
+        "seed": job["seed"],
+    }
+    _write_yaml(out / "sft.yaml", config)
+    return [f"train with: trl sft --config {out / 'sft.yaml'}"]
+
+
+def _llamafactory(chosen: Chosen, out: Path) -> list[str]:
+    rows = [{"id": example.id, "messages": _plain(example)} for example in chosen.examples]
+    write_atomically(out / "train.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    entry = {
+        "file_name": "train.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    }
+    write_atomically(out / "dataset_info.json", json.dumps({"gradsieve": entry}, indent=2).encode())
+    config = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": chosen.record["job"]["model"],
+        "dataset_dir": str(out.absolute()),
+        "dataset": "gradsieve",
+        "output_dir": str((out / "model").absolute()),
+        "cutoff_len": chosen.record["job"]["max_length"],
+        "train_on_prompt": False,
+        "mask_history": False,
+        "packing": False,
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "learning_rate": 2.0e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 16,
+    }
+    _write_yaml(out / "train.yaml", config)
+    return [
+        f"train with: llamafactory-cli train {out / 'train.yaml'}",
+        "no `template` is set, so that LLaMA-Factory reads the model's own chat template; it tokenises by itself",
+    ]
+
+
+def _axolotl(chosen: Chosen, out: Path) -> list[str]:
+    rows = (json.dumps({"id": e.id, "messages": _plain(e)}, ensure_ascii=False).encode() + b"\n" for e in chosen.examples)
+    write_atomically(out / "train.jsonl", b"".join(rows))
+    data = {
+        "path": str((out / "train.jsonl").absolute()),
+        "ds_type": "json",
+        "type": "chat_template",
+        "field_messages": "messages",
+        "message_property_mappings": {"role": "role", "content": "content"},
+        "roles_to_train": ["assistant"],
+        "train_on_eos": "turn",
+    }
+    config = {
+        "base_model": chosen.record["job"]["model"],
+        "chat_template": "tokenizer_default",
+        "datasets": [data],
+        "train_on_inputs": False,
+        "sequence_len": chosen.record["job"]["max_length"],
+        "sample_packing": False,
+        "adapter": "lora",
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_target_linear": True,
+        "learning_rate": 2.0e-4,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "optimizer": "adamw_torch",
+        "num_epochs": 3,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 16,
+        "output_dir": str((out / "model").absolute()),
+    }
+    _write_yaml(out / "axolotl.yaml", config)
+    return [f"train with: axolotl train {out / 'axolotl.yaml'}", "axolotl applies the chat template by itself"]
+
+
+def _parquet(chosen: Chosen, out: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    with replacing(out / "train.parquet") as file:
+        pq.write_table(_table(chosen), file)
+    return []
+
+
+def _hf(chosen: Chosen, out: Path) -> list[str]:
+    import datasets
+
+    datasets.Dataset(_table(chosen)).save_to_disk(out / "train")
+    return []
+
+
+_WRITERS: dict[Target, Callable[[Chosen, Path], list[str]]] = {
+    "trl": _trl,
+    "llamafactory": _llamafactory,
+    "axolotl": _axolotl,
+    "parquet": _parquet,
+    "hf": _hf,
+}
+
+
+def _table(chosen: Chosen) -> Any:
+    import pyarrow as pa
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.table(
+        {
+            "id": pa.array([example.id for example in chosen.examples], pa.string()),
+            "messages": pa.array([_plain(example) for example in chosen.examples], pa.list_(turn)),
+            "rank": pa.array(range(1, len(chosen.examples) + 1), pa.int64()),
+            "score": pa.array(chosen.scores, pa.float64()),
+            "weight": pa.array(chosen.weights, pa.float64()),
+        }
+    )
+
+
+def _plain(example: Example) -> list[dict[str, str]]:
+    """Returns the turns as role and content; what else a turn carries would be lost, so it is refused."""
+    for turn in example.messages:
+        more = sorted(key for key, value in turn.items() if key not in ("role", "content") and value is not None)
+        if more or not isinstance(turn["content"], str):
+            what = ", ".join(more) or "content that is no text"
+            raise DataError(f"{example.origin}: turns must be role and text for this format, got {what}; export to trl instead")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in example.messages]
+
+
+def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
+    write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

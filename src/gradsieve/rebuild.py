@@ -1,0 +1,98 @@
+"""The report of a finished run once more, from the files in its folder and the pool it was made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+import xxhash
+
+from gradsieve.data import read_examples
+from gradsieve.errors import DataError, InvalidArgument
+from gradsieve.outputs import page_of, score_column
+from gradsieve.report import Page, write_report
+from gradsieve.types import Example, Selection
+
+_OWN = {"id", "row", "selected", "rank", "weight", "score"}
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Write the report of a finished selection again, for example with a newer gradsieve. No model is loaded.
+
+    Attributes:
+        run: Folder of the selection.
+        out: The file to write; `report.html` in the run's folder by default.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    out: Path | None = None
+
+
+def rebuild(command: Rebuild) -> Path:
+    """Writes the report and returns its path.
+
+    Raises:
+        DataError: A file of the run is missing or broken.
+        InvalidArgument: The pool is not on disk, or no longer the one of the run.
+    """
+    out = command.out or command.run / "report.html"
+    write_report(read_page(command.run), out)
+    return out
+
+
+def read_page(run: Path) -> Page:
+    """Returns what the report says about the selection in a folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        record = json.loads((run / "run.json").read_bytes())
+        scores = pq.read_table(run / "scores.parquet").to_pydict()
+        excluded = [json.loads(line) for line in (run / "excluded.jsonl").read_bytes().splitlines()]
+        traced = record["trace_columns"]
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{run}: must be the folder of a selection, got {error!r}; select again") from None
+    pool = {example.id: example for example in _pool(run, record)}
+    missing = [id for id in scores["id"] if id not in pool]
+    if missing:
+        raise DataError(f"{run}: scores.parquet must name examples of the pool, got {missing[0]!r}; select again")
+    names = [name for name in scores if name not in _OWN and name not in {score_column(entry) for entry in traced}]
+    columns = {name: torch.tensor(scores[name], dtype=torch.float64) for name in names}
+    reasons = [(row["id"], row["reason"]) for row in excluded]
+    return page_of(record, [pool[id] for id in scores["id"]], columns, _selection(record, scores), reasons)
+
+
+def _pool(run: Path, record: Mapping[str, Any]) -> Sequence[Example]:
+    part = record["inputs"]["pool"]
+    if not part["files"]:
+        raise InvalidArgument(f"{run} must name the files of its pool, got examples from memory; its report cannot be rebuilt")
+    first, _, size = part["files"][0].partition(":")
+    if first == "demo":
+        from gradsieve.demo import demo_set
+
+        examples: Sequence[Example] = demo_set("pool", int(size) if size else None, record["job"]["seed"])
+    else:
+        job = record["job"]
+        examples = read_examples(part["files"], format=job["format"], category_field=job["category_field"]).examples
+    if xxhash.xxh3_128_hexdigest(b"\n".join(example.raw for example in examples)) != part["digest"]:
+        raise InvalidArgument(f"the pool must be the data of {run}, got other content in {' '.join(part['files'])}")
+    return examples
+
+
+def _selection(record: Mapping[str, Any], scores: Mapping[str, list[Any]]) -> Selection:
+    ranked = sorted((rank, row) for row, rank in enumerate(scores["rank"]) if rank is not None)
+    rows = torch.tensor([row for _, row in ranked], dtype=torch.int64)
+    trace = {entry: scores[score_column(entry)] for entry in record["trace_columns"]} | record["trace"]
+    return Selection(
+        rows=rows,
+        weights=torch.tensor(scores["weight"], dtype=torch.float64)[rows],
+        scores=torch.tensor([math.nan if v is None else v for v in scores["score"]], dtype=torch.float64),
+        trace=trace,
+    )

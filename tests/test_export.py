@@ -1,0 +1,128 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import gradsieve as gs
+from gradsieve import cli
+from gradsieve.data import read_examples, tokenize
+from gradsieve.errors import DataError, InvalidArgument
+from gradsieve.export import Export, export
+from gradsieve.models import find_model
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tiny_model: Path, write_data: Write, tmp_path: Path) -> Path:
+    out = tmp_path / "run"
+    pool, target = write_data("pool", 20), write_data("target", 5)
+    gs.select("less", model=tiny_model, pool=pool, target=target, budget=6, out=out, dim=256, dtype="float32")
+    return out
+
+
+def chosen_messages(run: Path) -> list[list[dict[str, Any]]]:
+    return [[dict(turn) for turn in example.messages] for example in read_examples([run / "selected.jsonl"]).examples]
+
+
+def test_trl_gets_the_tokens_and_labels_that_the_gradients_saw(run: Path, tiny_model: Path) -> None:
+    out, notes = export(Export(run))
+    table = pq.read_table(out / "train" / "train.parquet").to_pydict()
+    wanted = tokenize(
+        read_examples([run / "selected.jsonl"]).examples, find_model(tiny_model).tokenizer, max_length=1024
+    ).tokens
+    assert table["input_ids"] == [list(t.input_ids) for t in wanted]
+    assert table["labels"] == [list(t.labels) for t in wanted]
+    assert notes == [f"train with: trl sft --config {out / 'sft.yaml'}"]
+
+
+@pytest.mark.filterwarnings("ignore")  # what TRL's own script warns of is not ours
+def test_trl_trains_on_them_unchanged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    from trl import SFTTrainer
+    from trl.scripts.sft import main, make_parser
+
+    out, _ = export(Export(run))
+    flags = ["--config", str(out / "sft.yaml"), "--max_steps", "1", "--report_to", "none", "--use_cpu", "--bf16", "false"]
+    seen: dict[str, Any] = {}
+
+    def keep(trainer: Any, *_: Any, **__: Any) -> None:
+        seen.update(trainer.train_dataset.to_dict())
+
+    monkeypatch.setattr(SFTTrainer, "train", keep)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(out / "cache"))
+    main(*make_parser().parse_args_and_config(args=flags))
+    table = pq.read_table(out / "train" / "train.parquet").to_pydict()
+    assert seen["input_ids"] == table["input_ids"]
+    assert seen["labels"] == table["labels"]
+
+
+def test_llamafactory_finds_its_data_through_the_registry(run: Path) -> None:
+    out, notes = export(Export(run, "llamafactory"))
+    config = yaml.safe_load((out / "train.yaml").read_text())
+    entry = json.loads((out / "dataset_info.json").read_text())[config["dataset"]]
+    rows = json.loads((Path(config["dataset_dir"]) / entry["file_name"]).read_text())
+    assert [row[entry["columns"]["messages"]] for row in rows] == chosen_messages(run)
+    assert (config["mask_history"], config["train_on_prompt"], config["cutoff_len"]) == (False, False, 1024)
+    assert len(notes) == 2
+
+
+def test_axolotl_trains_on_assistant_turns_only(run: Path) -> None:
+    out, _ = export(Export(run, "axolotl"))
+    (data,) = yaml.safe_load((out / "axolotl.yaml").read_text())["datasets"]
+    rows = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
+    assert [row["messages"] for row in rows] == chosen_messages(run)
+    assert (data["roles_to_train"], data["train_on_eos"]) == (["assistant"], "turn")
+
+
+def test_parquet_and_datasets_keep_order_and_weights(run: Path) -> None:
+    from datasets import load_from_disk
+
+    table = pq.read_table(export(Export(run, "parquet"))[0] / "train.parquet").to_pydict()
+    again = load_from_disk(export(Export(run, "hf"))[0] / "train").to_dict()
+    assert table == again
+    assert table["rank"] == [1, 2, 3, 4, 5, 6]
+    assert table["score"] == sorted(table["score"], reverse=True)
+    assert table["messages"] == chosen_messages(run)
+
+
+def test_weights_that_a_trainer_cannot_honour_are_named(run: Path) -> None:
+    scores = pq.read_table(run / "scores.parquet")
+    at = scores.column_names.index("weight")
+    weights = [0.5 * rank if rank else 0.0 for rank in scores["rank"].to_pylist()]
+    pq.write_table(scores.set_column(at, "weight", [weights]), run / "scores.parquet")
+    _, notes = export(Export(run))
+    assert "gave weights, and trl knows none" in notes[-1]
+
+
+def test_a_folder_with_files_is_not_written_over(run: Path) -> None:
+    export(Export(run))
+    with pytest.raises(InvalidArgument, match="must be a new or empty folder"):
+        export(Export(run))
+
+
+def test_a_turn_with_more_than_text_is_refused_not_cut(run: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "doctor"}]
+    lines = [json.dumps({"id": str(i), "messages": turns}) for i in range(6)]
+    (run / "selected.jsonl").write_text("\n".join(lines) + "\n")
+    record = json.loads((run / "run.json").read_text())
+    record["inputs"]["pool"]["format"] = "messages"
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="turns must be role and text for this format, got name"):
+        export(Export(run, "axolotl"))
+
+
+def test_other_folders_are_no_selections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", str(tmp_path)]) == 2
+    assert "must be the folder of a selection" in capsys.readouterr().err
+
+
+def test_scores_of_another_selection_are_refused(run: Path) -> None:
+    lines = (run / "selected.jsonl").read_text().splitlines()
+    (run / "selected.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(DataError, match=r"must rank the 5 examples of selected\.jsonl, got 6"):
+        export(Export(run))
