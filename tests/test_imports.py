@@ -30,8 +30,10 @@ ALLOWED = {
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
     "export": BASE | {"data", "models"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
+    "compare": BASE
+    | {"clock", "data", "demo", "models", "extraction", "selectors", "pipeline", "outputs", "report", "train", "evaluate"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},
-    "cli": BASE | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "demo_run"},
+    "cli": BASE | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "compare", "demo_run"},
     "__init__": BASE | {"pipeline", "selectors"},
 }
 

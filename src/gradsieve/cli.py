@@ -17,6 +17,7 @@ USAGE = """gradsieve chooses the fine-tuning examples that teach a language mode
   gradsieve store info|verify DIR     what a store holds; check every byte of it
   gradsieve export RUN                write a selection for TRL, LLaMA-Factory, axolotl, Parquet or datasets
   gradsieve report RUN                write a run's report again, without a model
+  gradsieve compare CONFIG.yaml|demo  train on what each method chooses, measure, and report with intervals
   gradsieve replay RUN/run.json       do a run again and compare
 
 `gradsieve COMMAND --help` lists a command's options. Documentation: docs/ in the repository."""
@@ -164,6 +165,28 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.compare import command, forecast
+
+    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    compare = tyro.cli(command.Compare, prog="gradsieve compare", args=arguments, config=flags)
+    comparison = compare.ready()
+    console = _console()
+    for note in comparison.material.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    if compare.dry_run:
+        expected = forecast(comparison)
+        console.print(command.forecast_table(expected), highlight=False)
+        console.print(command.forecast_line(expected), markup=False, highlight=False)
+        return 0
+    with _terminal() as terminal:
+        compare.go(comparison, terminal.progress, terminal.say)
+    console.print(command.folder_line(comparison.study), markup=False, highlight=False)
+    return 0
+
+
 def _replay(arguments: list[str]) -> int:
     import tyro
 
@@ -185,6 +208,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "store": _store,
     "export": _export,
     "report": _report,
+    "compare": _compare,
     "replay": _replay,
 }
 
@@ -326,6 +350,14 @@ class _terminal:
             self._tasks[stage] = self._bars.add_task(stage, total=total, completed=done)
         else:
             self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bars."""
+        self._bars.console.print(line, markup=False, highlight=False)
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+        self._said.clear()
 
     def _say(self, stage: str, done: int, total: int) -> None:
         import time

@@ -39,7 +39,7 @@ FILES = (
     ("excluded.jsonl", "examples that could not be used, with the reason"),
     ("run.json", "configuration, hashes, versions and cost; `gradsieve replay run.json` does it again"),
 )
-_PACKAGES = ("torch", "transformers", "datasets", "peft", "safetensors", "numpy", "pyarrow")
+_PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate", "safetensors", "numpy", "pyarrow")
 
 
 def save(result: Result, out: Path) -> Path:
@@ -240,7 +240,7 @@ def _record(result: Result) -> dict[str, Any]:
     chosen = [result.pool.ids[row] for row in result.selection.rows.tolist()]
     return {
         "gradsieve": __version__,
-        "date": _now(),
+        "date": now(),
         "method": {"name": name, "settings": dataclasses.asdict(selector)},  # type: ignore[call-overload]
         "job": {key: _from_anywhere(key, value) for key, value in job.items() if key not in result.sets},
         "model": {"name": result.model.name, "weights": result.model.weights, "live": result.model.live is not None},
@@ -265,8 +265,8 @@ def _record(result: Result) -> dict[str, Any]:
         "notes": [*result.notes, *result.selection.notes],
         "excluded": len(result.excluded),
         "stages": [dataclasses.asdict(cost) for cost in result.clock.costs],
-        "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": _hardware(result.job.device),
+        "versions": {"python": platform.python_version(), **versions()},
+        "hardware": hardware(result.job.device),
     }
 
 
@@ -282,7 +282,8 @@ def _absolute(file: str) -> str:
     return file if file.partition(":")[0] == "demo" else str(Path(file).absolute())
 
 
-def _versions() -> Mapping[str, str]:
+def versions() -> Mapping[str, str]:
+    """Returns the versions of the packages that a run's numbers depend on, those that are installed."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -292,7 +293,8 @@ def _versions() -> Mapping[str, str]:
     return found
 
 
-def _hardware(device: str) -> Mapping[str, Any]:
+def hardware(device: str) -> Mapping[str, Any]:
+    """Returns what a run was computed on."""
     accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return {
         "machine": platform.machine(),
@@ -303,5 +305,6 @@ def _hardware(device: str) -> Mapping[str, Any]:
     }
 
 
-def _now() -> str:
+def now() -> str:
+    """Returns the time, to the minute, as it is written in records and reports."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -4,6 +4,16 @@
 """
 
 from gradsieve.demo.model import cache_dir, demo_model_dir
-from gradsieve.demo.pool import demo_anchor, demo_pool, demo_set, demo_target, demo_test, describe
+from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe
 
-__all__ = ["cache_dir", "demo_anchor", "demo_model_dir", "demo_pool", "demo_set", "demo_target", "demo_test", "describe"]
+__all__ = [
+    "cache_dir",
+    "demo_anchor",
+    "demo_general",
+    "demo_model_dir",
+    "demo_pool",
+    "demo_set",
+    "demo_target",
+    "demo_test",
+    "describe",
+]

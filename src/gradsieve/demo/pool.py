@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FEWEST = 40  # below, a kind of fault would have fewer than three rows
 PER_CATEGORY = 60
 Knowledge = Literal["auto", "mmlu", "facts"]
+Ability = Literal["arithmetic", "knowledge"]
 
 
 def demo_set(role: str, size: int | None = None, seed: int = 0) -> list[Example]:
@@ -130,6 +131,33 @@ def describe(examples: Sequence[Example]) -> str:
     counts = Counter(source.partition(":")[0] for example in examples if (source := json.loads(example.raw).get("source")))
     parts = ", ".join(f"{count} {source}" for source, count in counts.items())
     return f"the built-in set ({parts})" if parts else "the built-in set"
+
+
+def demo_general(ability: Ability, seed: int = 0, size: int = 40) -> list[Example]:
+    """Returns general examples to evaluate on, none of which is in the anchor: worked arithmetic, or our own facts.
+
+    Args:
+        ability: Which.
+        seed: Which examples; those of the anchor of the same seed are left out.
+        size: How many.
+
+    Raises:
+        MissingExtra: Knowledge was asked for and lm-eval is not installed: the anchor then has our facts.
+        InvalidArgument: There are fewer.
+    """
+    anchored = {str(example.messages[0]["content"]) for example in demo_anchor(seed)}
+    rng = random.Random(f"{ability} test/{seed}")
+    if ability == "arithmetic":
+        rows = [(p.question, p.answer) for p in arithmetic.true_problems(2 * PER_CATEGORY, rng)]
+    else:
+        if mmlu_facts() is None:
+            raise MissingExtra("a test of knowledge beside the demo's anchor needs lm-eval; pip install 'gradsieve[eval]'")
+        known = facts()
+        rows = [(fact.question, fact.answer) for fact in rng.sample(known, len(known))]
+    rows = [row for row in rows if row[0] not in anchored]
+    if not 1 <= size <= len(rows):
+        raise InvalidArgument(f"size of the demo's {ability} test must lie in [1, {len(rows)}], got {size}")
+    return [_example(f"test-{ability}", i, *row, {"category": ability}) for i, row in enumerate(rows[:size])]
 
 
 def _fault_counts(examples: int) -> dict[str, int]:

@@ -1,0 +1,18 @@
+"""The fair comparison: methods x budgets x seeds; a model is trained on each subset, measured, and differences get intervals.
+
+config        one YAML file → frozen dataclasses (typed: YAML values → field types)
+cells         which cells there are, each a unit that is run, kept and resumed by itself
+material      data read, checked for leaks (leaks), tokens, test sets
+subsets       what each arm chooses, from one store of gradients
+training      one cell's work: train, measure, let it answer
+records       the folder: what is kept of a cell, results.jsonl
+run           cell by cell
+estimate      how long it will take
+statistics    paired bootstrap over items and seeds
+"""
+
+from gradsieve.compare.config import Arm, Config, TestFiles, load_config
+from gradsieve.compare.estimate import Forecast, forecast
+from gradsieve.compare.run import Comparison
+
+__all__ = ["Arm", "Comparison", "Config", "Forecast", "TestFiles", "forecast", "load_config"]

@@ -1,0 +1,205 @@
+"""What a comparison works on: examples read and checked for leaks, tokens, test sets, the model's files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from gradsieve.compare.config import Config, TestFiles
+from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
+from gradsieve.data import Tokens, content_hash, read_examples
+from gradsieve.errors import DataError, InvalidArgument
+from gradsieve.evaluate import TestSet
+from gradsieve.extraction import TokenSet
+from gradsieve.models import ModelSource, find_model, resolve_device, resolve_dtype
+from gradsieve.types import Example
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The examples of one seed's data, after leaks were taken out.
+
+    Attributes:
+        pool: To choose from.
+        target: Of the wanted ability; may be empty.
+        anchor: General; may be empty.
+        leaks: What was taken out.
+    """
+
+    pool: Sequence[Example]
+    target: Sequence[Example]
+    anchor: Sequence[Example]
+    leaks: Sequence[Leak]
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """One seed's examples as tokens.
+
+    Attributes:
+        pool: The pool's usable examples.
+        anchor: The anchor's; None without one.
+    """
+
+    pool: TokenSet
+    anchor: TokenSet | None
+
+
+@dataclass(eq=False)
+class Material:
+    """Everything a comparison reads, each thing once.
+
+    Attributes:
+        config: The comparison.
+        source: The model's files and tokenizer.
+        device: Where it is computed, and
+        dtype: in which type.
+        template: Text of the chat template that replaces the model's own.
+        tests: The test sets.
+        notes: Sentences the user must read.
+    """
+
+    config: Config
+    source: ModelSource
+    device: str
+    dtype: torch.dtype
+    template: str | None
+    tests: Sequence[TestSet]
+    notes: list[str]
+    _sides: dict[int, Sides]
+    _trainable: dict[tuple[str, ...], Trainable] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, config: Config, *, drop_leaks: bool = False) -> Material:
+        """Reads all data and finds the model, without loading it.
+
+        Raises:
+            GradsieveError: A file, the model or a test cannot be used, or examples leak and must not be dropped.
+        """
+        notes: list[str] = []
+        tests = {name: read_test(config, name, test) for name, test in config.tests.items()}
+        sides = {seed: _read_sides(config, seed, tests, drop_leaks) for seed in config.seeds} if config.data_per_seed else {}
+        if not sides:
+            same = _read_sides(config, config.seeds[0], tests, drop_leaks)
+            sides = dict.fromkeys(config.seeds, same)
+        dropped = {seed: len(one.leaks) for seed, one in sides.items() if one.leaks}
+        if dropped:
+            notes.append(
+                f"examples that leaked were dropped ({max(dropped.values())} at most per seed); leaks.jsonl lists them"
+            )
+        source = find_model(config.model, trust_remote_code=config.trust_remote_code)
+        device = resolve_device(config.device)
+        template = _template(config.chat_template)
+        sets = [
+            TestSet.of(
+                name, config.tests[name].role, part, source.tokenizer, max_length=config.max_length, chat_template=template
+            )
+            for name, part in tests.items()
+        ]
+        for test in sets:
+            if test.excluded:
+                notes.append(f"{len(test.excluded)} items of {test.name} cannot be used; the first: {test.excluded[0].reason}")
+        return cls(config, source, device, resolve_dtype(config.dtype, device), template, sets, notes, sides)
+
+    def sides(self, seed: int) -> Sides:
+        """Returns a seed's examples."""
+        return self._sides[seed]
+
+    def leaks(self) -> list[Leak]:
+        """Returns every leak that was dropped, of all seeds, each once."""
+        return list(dict.fromkeys(leak for sides in self._sides.values() for leak in sides.leaks))
+
+    def trainable(self, seed: int) -> Trainable:
+        """Returns a seed's examples as tokens."""
+        config = self.config
+        key = tuple(file for role in ("pool", "target", "anchor") for file in config.files(role, seed))
+        if key not in self._trainable:
+            sides = self.sides(seed)
+            pool = self._tokens("pool", sides.pool)
+            self._trainable[key] = Trainable(pool, self._tokens("anchor", sides.anchor) if sides.anchor else None)
+        return self._trainable[key]
+
+    def _tokens(self, name: str, examples: Sequence[Example]) -> TokenSet:
+        made = TokenSet.of(
+            name, examples, self.source.tokenizer, max_length=self.config.max_length, chat_template=self.template
+        )
+        made.require_usable()
+        for note in made.remarks(self.config.max_length):
+            if note not in self.notes:
+                self.notes.append(note)
+        return made
+
+
+def read_test(config: Config, name: str, test: TestFiles) -> list[Example]:
+    """Returns the examples of a test; with a limit those whose texts have the smallest hashes, in the order of the files."""
+    examples = _read(config, test.files, f"tests.{name}")
+    if test.limit is None or len(examples) <= test.limit:
+        return list(examples)
+    kept = {example.id for example in sorted(examples, key=lambda e: (content_hash(e), e.id))[: test.limit]}
+    return [example for example in examples if example.id in kept]
+
+
+def tokens_digest(tokens: Sequence[Tokens]) -> str:
+    """Returns a hash of ids and labels, in order."""
+    hasher = xxhash.xxh3_128()
+    for one in tokens:
+        for part in (one.input_ids, one.labels):
+            hasher.update(len(part).to_bytes(8, "little"))
+            hasher.update(np.ascontiguousarray(part, dtype=np.int32).tobytes())
+    return str(hasher.hexdigest())
+
+
+def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]], drop: bool) -> Sides:
+    roles = {role: _read(config, config.files(role, seed), role) for role in ("pool", "target", "anchor")}
+    sides = {**roles, **{f"test {name}": examples for name, examples in tests.items()}}
+    leaks = find_leaks(sides, [name for name in sides if name not in roles], config.near_duplicate)
+    if not drop:
+        refuse(leaks)
+    kept = without_leaks(sides, leaks)
+    if not kept["pool"]:
+        raise InvalidArgument("pool must hold examples that do not leak, got none")
+    return Sides(kept["pool"], kept["target"], kept["anchor"], leaks)
+
+
+def _read(config: Config, files: Sequence[str], role: str) -> Sequence[Example]:
+    if not files:
+        return []
+    if any(file.partition(":")[0] == "demo" for file in files):
+        if len(files) > 1:
+            raise DataError(f"{config.source}: {role} must be one `demo` set or files, got {' '.join(files)}")
+        return _demo(files[0], role)
+    return read_examples(files, format=config.format, category_field=config.category_field).examples
+
+
+def _demo(name: str, role: str) -> Sequence[Example]:
+    """Returns a built-in set: `demo` or `demo:SIZE` of a role, or one of the tests."""
+    from gradsieve.demo import demo_general, demo_set, demo_test
+
+    tests: dict[str, Callable[[], Sequence[Example]]] = {
+        "demo:medicine": demo_test,
+        "demo:arithmetic": lambda: demo_general("arithmetic"),
+        "demo:knowledge": lambda: demo_general("knowledge"),
+    }
+    if role.startswith("tests."):
+        if name not in tests:
+            raise InvalidArgument(f"{role} must be one of {', '.join(tests)} or files, got {name!r}")
+        return tests[name]()
+    size = re.fullmatch(r"demo(?::([0-9]+))?", name)
+    if size is None:
+        raise InvalidArgument(f"{role} must be demo, demo:SIZE or files, got {name!r}")
+    return demo_set(role, int(size[1]) if size[1] else None)
+
+
+def _template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}") from None

@@ -1,0 +1,298 @@
+"""A comparison, cell by cell: whatever is finished is kept, whatever is not is done, in a folder that any run goes on in."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from gradsieve import __version__
+from gradsieve.clock import Progress, silent
+from gradsieve.compare.cells import Cell, plan_cells
+from gradsieve.compare.config import BASE, Config
+from gradsieve.compare.estimate import Speed, predicted
+from gradsieve.compare.material import Material, tokens_digest
+from gradsieve.compare.records import (
+    Finished,
+    cell_folder,
+    differences,
+    read_finished,
+    write_items,
+    write_json,
+    write_results,
+)
+from gradsieve.compare.subsets import Subset, selector, subset
+from gradsieve.compare.training import Job, Outcome, clear, make_job, metrics_of, work
+from gradsieve.data import write_lines
+from gradsieve.errors import InvalidArgument
+from gradsieve.models import tokenizer_hash
+from gradsieve.outputs import hardware, now, versions
+
+log = logging.getLogger(__name__)
+
+
+class Told(Protocol):
+    """Is told of every finished cell."""
+
+    def __call__(self, finished: Finished, done: int, total: int, seconds_left: float) -> None:
+        """`done` of `total` cells are finished; the others will take about `seconds_left`."""
+        ...
+
+
+def untold(finished: Finished, done: int, total: int, seconds_left: float) -> None:
+    """A `Told` that does nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparison made ready.
+
+    Attributes:
+        config: What is compared.
+        study: Its folder.
+        material: What it works on.
+        cells: In the order they are run.
+    """
+
+    config: Config
+    study: Path
+    material: Material
+    cells: Sequence[Cell]
+
+    @classmethod
+    def of(cls, config: Config, *, drop_leaks: bool = False) -> Comparison:
+        """Reads everything and refuses what cannot be compared, before a model is loaded.
+
+        Raises:
+            GradsieveError: Whatever the user can mend.
+        """
+        material = Material.read(config, drop_leaks=drop_leaks)
+        comparison = cls(config, Path(config.out), material, plan_cells(config))
+        comparison._check_arms()
+        return comparison
+
+    def _check_arms(self) -> None:
+        for arm in self.config.arms:
+            needs = selector(arm).needs if arm.chooses else frozenset()
+            for role in ("target", "anchor"):
+                reads = any(n == f"{role}s" or n.startswith((f"dot/{role}", f"dot/contrast/{role}")) for n in needs)
+                if reads and not getattr(self.config, role):
+                    raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
+
+    def run(self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None) -> list[Finished]:
+        """Does every cell that is not finished, and gathers the results.
+
+        Several processes may work on one folder: each takes cells that no other is at.
+
+        Args:
+            progress: Is told how far a cell's stages are.
+            told: Is told of every cell that is finished here.
+            minutes: No cell is begun after so many minutes.
+
+        Returns:
+            The finished cells, in order.
+
+        Raises:
+            InvalidArgument: The folder holds a cell that was made with other settings.
+        """
+        started = time.monotonic()
+        self._open()
+        model: Any = None
+        for cell in self.cells:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+            with _claimed(cell_folder(self.study, cell)) as ours:
+                if not ours or self._finished(cell, check=True):
+                    continue
+                chosen = self.chosen(cell, progress)
+                job = make_job(self.material, cell, self.config.arm(cell.arm), chosen)
+                twin = self._twin(cell, job)
+                if twin is not None:
+                    self._copy(cell, twin, chosen)
+                else:
+                    if model is None:
+                        model = self.material.source.load(self.material.dtype, self.material.device)
+                    folder = cell_folder(self.study, cell) / "training"
+                    outcome, model = work(model, self.material, job, folder, progress)
+                    self._keep(cell, job, chosen, outcome)
+                    clear(folder, keep_model=self.config.keep_models)
+            write_results(self.study, self.cells)
+            done = self.finished()
+            told(done[[one.cell for one in done].index(cell)], len(done), len(self.cells), self.seconds_left(done))
+        write_results(self.study, self.cells)
+        return self.finished()
+
+    def finished(self) -> list[Finished]:
+        """Returns the finished cells, in order."""
+        return [one for cell in self.cells if (one := read_finished(self.study, cell)) is not None]
+
+    def chosen(self, cell: Cell, progress: Progress = silent) -> Subset | None:
+        """Returns what a cell trains on, None for `base`."""
+        if cell.arm == BASE:
+            return None
+        assert cell.seed is not None
+        return subset(self.study, self.material, self.config.arm(cell.arm), cell.budget, cell.seed, progress)
+
+    def seconds_left(self, done: Sequence[Finished]) -> float:
+        """Returns about how long the other cells will take, from what the finished ones took."""
+        there = {one.cell for one in done}
+        speed = Speed.of_finished([one.record for one in done])
+        return sum(predicted(self.material, cell, self.config, speed) for cell in self.cells if cell not in there)
+
+    # -- the folder ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        try:
+            self.study.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgument(f"out must be a folder one can write to, got {self.study}: {error.strerror}") from None
+        record = {
+            "gradsieve": __version__,
+            "date": now(),
+            "config": json.loads(json.dumps(dataclasses.asdict(self.config), default=str)),
+            "versions": versions(),
+            "hardware": hardware(self.material.device),
+            "notes": self.material.notes,
+        }
+        write_json(self.study / "comparison.json", record)
+        leaks = self.material.leaks()
+        if leaks:
+            lines = (json.dumps(dataclasses.asdict(leak), ensure_ascii=False).encode() for leak in leaks)
+            write_lines(self.study / "leaks.jsonl", lines)
+
+    def _finished(self, cell: Cell, *, check: bool) -> Finished | None:
+        """Returns a finished cell, once it is sure that it was made with what is asked for now."""
+        found = read_finished(self.study, cell)
+        if found is None or not check:
+            return found
+        chosen = self.chosen(cell)
+        inputs = self._inputs(make_job(self.material, cell, self.config.arm(cell.arm), chosen))
+        differing = list(differences(found.record["inputs"], inputs))
+        if differing:
+            raise InvalidArgument(
+                f"{found.folder} must be of the comparison that is asked for, got other inputs: {'; '.join(differing)}; name "
+                "another --out, or remove that folder"
+            )
+        return found
+
+    def _inputs(self, job: Job) -> dict[str, Any]:
+        """Returns all that decides a cell's numbers."""
+        material, config = self.material, self.config
+        return {
+            "model": material.source.weights,
+            "tokenizer": tokenizer_hash(material.source.tokenizer),
+            "dtype": str(material.dtype).removeprefix("torch."),
+            "training": job.inputs(),
+            "tests": {
+                test.name: {"items": tokens_digest(test.tokens), "kind": test.kind, "metrics": list(metrics_of(config, test))}
+                for test in material.tests
+            },
+            "generations": config.generations,
+        }
+
+    def _twin(self, cell: Cell, job: Job) -> Finished | None:
+        """Returns a finished cell whose work was the same: a view or budget that makes no difference to it."""
+        key = _digest(self._inputs(job))
+        return next((one for one in self.finished() if one.cell != cell and one.record["work"] == key), None)
+
+    def _copy(self, cell: Cell, twin: Finished, chosen: Subset | None) -> None:
+        folder = cell_folder(self.study, cell)
+        for name in ("items.parquet", "generations.json"):
+            if (twin.folder / name).exists():
+                unfinished = folder / f".{name}.unfinished"
+                unfinished.write_bytes((twin.folder / name).read_bytes())
+                unfinished.replace(folder / name)
+        self._write_selection(folder, chosen)
+        record = {**twin.record, **self._identity(cell, chosen), "same_as": twin.cell.name}
+        write_json(folder / "result.json", record)
+
+    def _keep(self, cell: Cell, job: Job, chosen: Subset | None, outcome: Outcome) -> None:
+        folder = cell_folder(self.study, cell)
+        self._write_selection(folder, chosen)
+        items = {test.name: [example.id for example in test.examples] for test in self.material.tests}
+        write_items(folder / "items.parquet", items, outcome.values)
+        write_json(folder / "generations.json", list(outcome.answers))
+        inputs = self._inputs(job)
+        record = {
+            **self._identity(cell, chosen),
+            "inputs": inputs,
+            "work": _digest(inputs),
+            "training": dict(outcome.training),
+            "seconds": {
+                "gradients": chosen.gradient_seconds if chosen else 0.0,
+                "select": chosen.select_seconds if chosen else 0.0,
+                **outcome.seconds,
+            },
+            "means": _means(outcome.values),
+            "gradsieve": __version__,
+            "versions": versions(),
+            "hardware": hardware(self.material.device),
+            "date": now(),
+        }
+        write_json(folder / "result.json", record)
+
+    def _identity(self, cell: Cell, chosen: Subset | None) -> dict[str, Any]:
+        arm = self.config.arm(cell.arm)
+        settings = dataclasses.asdict(selector(arm)) if arm.chooses else {}  # type: ignore[call-overload]
+        return {
+            "cell": cell.name,
+            "arm": cell.arm,
+            "budget": cell.budget,
+            "seed": cell.seed,
+            "view": cell.view,
+            "method": arm.method,
+            "settings": json.loads(json.dumps(settings, default=str)),
+            "own_recipe": dict(arm.recipe),
+            "selection": None
+            if chosen is None
+            else {
+                "examples": len(chosen.ids),
+                "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen.ids, chosen.weights]).encode()),
+                "source": chosen.source,
+                "notes": list(chosen.notes),
+            },
+        }
+
+    def _write_selection(self, folder: Path, chosen: Subset | None) -> None:
+        if chosen is not None:
+            write_json(folder / "selection.json", {"ids": list(chosen.ids), "weights": list(chosen.weights)})
+
+
+def _means(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, float | None]]:
+    def mean(column: np.ndarray) -> float | None:
+        known = column[~np.isnan(column)]
+        return float(known.mean()) if len(known) else None
+
+    return {test: {metric: mean(column) for metric, column in by.items()} for test, by in values.items()}
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(inputs, sort_keys=True).encode())
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Says whether this process may work in a folder; a killed process leaves it to the next."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(handle)

@@ -1,0 +1,240 @@
+"""What each arm trains on: selections, made once, kept, and shared where nothing in them was random.
+
+Gradients of all methods come from one store per seed's data, with whatever any of the arms reads. What that cost is
+written beside it while it goes, so that a kill loses seconds of the record, not the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from gradsieve.clock import Progress, silent
+from gradsieve.compare.config import Arm
+from gradsieve.compare.material import Material
+from gradsieve.compare.records import read_json, write_json
+from gradsieve.pipeline import Result, find_method, select
+from gradsieve.types import Budget, Problem, Selection, Selector
+
+WITHOUT_GRADIENTS = ("tokens", "completion_tokens", "meta/")
+_WRITE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What an arm trains on.
+
+    Attributes:
+        ids: Chosen examples, best first.
+        weights: One per example, at least 0.
+        notes: What the method had to say.
+        select_seconds: What choosing took once gradients were there.
+        gradient_seconds: What the gradients took that it read: those of the store that all methods share.
+        drew: Whether the method drew at random.
+        source: Name of the selection it is.
+    """
+
+    ids: tuple[str, ...]
+    weights: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    select_seconds: float = 0.0
+    gradient_seconds: float = 0.0
+    drew: bool = False
+    source: str = "all"
+
+
+@dataclass(frozen=True)
+class _Seeded:
+    """A selector that draws with its own seed, so that gradients taken with one seed serve draws with several."""
+
+    selector: Selector
+    seed: int
+    drawn: list[bool]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.selector.needs
+
+    def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
+        rng = torch.Generator().manual_seed(self.seed)
+        before = rng.get_state()
+        selection = self.selector.select(problem, budget, rng)
+        self.drawn.append(not torch.equal(before, rng.get_state()))
+        return selection
+
+
+@dataclass(frozen=True)
+class _Everything:
+    """Chooses nothing of interest; what it needs is what all arms together need."""
+
+    needs: frozenset[str]
+
+    def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
+        n = len(problem.candidates.ids)
+        return Selection(torch.arange(1), torch.ones(1, dtype=torch.float64), torch.full((n,), torch.nan, dtype=torch.float64))
+
+
+def reads_gradients(arm: Arm) -> bool:
+    """Says whether an arm's method needs a store."""
+    return arm.chooses and any(not need.startswith(WITHOUT_GRADIENTS) for need in selector(arm).needs)
+
+
+def selector(arm: Arm) -> Selector:
+    """Returns the arm's method."""
+    return find_method(arm.method, arm.settings)[1]
+
+
+def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: int, progress: Progress = silent) -> Subset:
+    """Returns what an arm trains on for a seed: read where it was chosen before, else chosen and kept.
+
+    A method that drew nothing at random chooses the same for every seed with the same data, and is asked once.
+    """
+    pool = material.trainable(seed).pool
+    if not arm.chooses:
+        return Subset(tuple(pool.ids), (1.0,) * len(pool.ids))
+    assert budget is not None
+    inputs = _inputs(material, arm, budget, seed)
+    for other in material.config.seeds:
+        found = _kept(study, arm, budget, other, inputs)
+        if found is not None and (other == seed or not found.drew):
+            return found
+    gradient_seconds = _gradients(study, material, seed, progress) if reads_gradients(arm) else 0.0
+    drawn: list[bool] = []
+    started = time.perf_counter()
+    result = _select(study, material, _Seeded(selector(arm), seed, drawn), budget, seed, progress)
+    made = Subset(
+        ids=tuple(example.id for example in result.examples),
+        weights=tuple(result.selection.weights.double().tolist()),
+        notes=tuple(dict.fromkeys((*result.notes, *result.selection.notes))),
+        select_seconds=time.perf_counter() - started,
+        gradient_seconds=gradient_seconds,
+        drew=any(drawn),
+        source=_name(arm, budget, seed),
+    )
+    write_json(_file(study, arm, budget, seed), {"inputs": inputs, "seed": seed, **dataclasses.asdict(made)})
+    return made
+
+
+def _kept(study: Path, arm: Arm, budget: str, seed: int, inputs: Mapping[str, Any]) -> Subset | None:
+    path = _file(study, arm, budget, seed)
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if record.pop("inputs") != inputs:
+        return None
+    record.pop("seed")
+    fields: dict[str, Any] = record | {key: tuple(record[key]) for key in ("ids", "weights", "notes")}
+    return Subset(**fields)
+
+
+def _inputs(material: Material, arm: Arm, budget: str, seed: int) -> dict[str, Any]:
+    """Returns all that decides what a method chooses, but the seed of its draws."""
+    settings = json.loads(json.dumps(dataclasses.asdict(selector(arm)), default=str))  # type: ignore[call-overload]
+    return {
+        "method": arm.method,
+        "settings": settings,
+        "budget": budget,
+        "data": _data_digest(material, seed),
+        "model": material.source.weights,
+        "gradients": _gradient_settings(material),
+    }
+
+
+def _gradient_settings(material: Material) -> dict[str, Any]:
+    config = material.config
+    own = {**config.gradients, "max_length": config.max_length, "dtype": str(material.dtype), "template": material.template}
+    return dict(json.loads(json.dumps(own, default=str)))
+
+
+def _data_digest(material: Material, seed: int) -> str:
+    hasher = xxhash.xxh3_128()
+    sides = material.sides(seed)
+    for name in ("pool", "target", "anchor"):
+        examples = getattr(sides, name)
+        hasher.update(f"{name} {len(examples)}\n".encode())
+        for example in examples:
+            hasher.update(example.id.encode() + b"\n" + example.raw + b"\n" + (example.category or "").encode() + b"\n")
+    return str(hasher.hexdigest())
+
+
+def _name(arm: Arm, budget: str, seed: int) -> str:
+    return f"{arm.name}--{budget.replace('%', 'pct')}--{seed}"
+
+
+def _file(study: Path, arm: Arm, budget: str, seed: int) -> Path:
+    return study / "selections" / f"{_name(arm, budget, seed)}.json"
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------------------
+
+
+def _gradients(study: Path, material: Material, seed: int, progress: Progress) -> float:
+    """Takes the gradients that any arm reads, where they are not there yet; returns the seconds they took in all."""
+    store = _store(study, material, seed)
+    if not (store / "whole").exists():
+        arms = [arm for arm in material.config.arms if reads_gradients(arm)]
+        needs = frozenset(need for arm in arms for need in selector(arm).needs)
+        stopwatch = _Stopwatch(store / "spent.json", progress)
+        _select(study, material, _Everything(needs), "1", seed, stopwatch.progress)
+        stopwatch.write()
+        (store / "whole").touch()
+    return float(read_json(store / "spent.json")["seconds"])
+
+
+def _select(study: Path, material: Material, method: Any, budget: str, seed: int, progress: Progress) -> Result:
+    sides, config = material.sides(seed), material.config
+    shared = {name: getattr(config, name) for name in ("max_length", "dtype", "device", "chat_template", "trust_remote_code")}
+    return select(
+        method,
+        model=config.model,
+        pool=sides.pool,
+        target=sides.target,
+        anchor=sides.anchor,
+        budget=budget,
+        store=str(_store(study, material, seed)),
+        progress=progress,
+        **shared,
+        **config.gradients,
+    )
+
+
+def _store(study: Path, material: Material, seed: int) -> Path:
+    arms = [arm for arm in material.config.arms if reads_gradients(arm)]
+    needs = sorted({need for arm in arms for need in selector(arm).needs})
+    key = [_data_digest(material, seed), material.source.weights, _gradient_settings(material), needs]
+    return study / "stores" / xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
+
+
+class _Stopwatch:
+    """Adds the seconds of a long stage to a file while it goes on, so that a killed run's count too."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path = path
+        self._progress = progress
+        self._before = float(read_json(path)["seconds"]) if path.exists() else 0.0
+        self._started = self._written = time.perf_counter()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Passes on how far a stage is, and writes every few seconds."""
+        self._progress(stage, done, total)
+        if time.perf_counter() - self._written > _WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the seconds until now."""
+        self._written = time.perf_counter()
+        write_json(self._path, {"seconds": self._before + self._written - self._started})
+
+
+def overlap(subsets: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], float]:
+    """Returns the Jaccard index of every pair of subsets: shared examples / examples in either."""
+    sets = {name: frozenset(ids) for name, ids in subsets.items()}
+    return {(a, b): len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for a in sets for b in sets}

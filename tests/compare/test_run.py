@@ -1,0 +1,262 @@
+"""Cells: each is done once, kept, gone on with after a kill, and never mistaken for another."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gradsieve.compare.cells import Cell
+from gradsieve.compare.config import Config, parse_config
+from gradsieve.compare.records import Finished, read_finished, read_items, read_results
+from gradsieve.compare.run import Comparison
+from gradsieve.compare.training import full_steps, make_job
+from gradsieve.errors import InvalidArgument
+
+
+def stamps(study: Path) -> dict[str, int]:
+    return {str(p.relative_to(study)): p.stat().st_mtime_ns for p in sorted(study.rglob("*")) if p.is_file()}
+
+
+def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> None:
+    names = [cell.name for cell in finished.cells]
+    assert len(names) == 1 + 2 * 4
+    for cell in finished.cells:
+        files = {path.name for path in (finished.study / "cells" / cell.name).iterdir()} - {".claim"}
+        expected = {"items.parquet", "generations.json", "result.json"} | ({"selection.json"} if cell.arm != "base" else set())
+        assert files == expected
+    assert [record["cell"] for record in read_results(finished.study)] == names
+    assert {path.name for path in finished.study.iterdir()} == {
+        "cells", "selections", "stores", "results.jsonl", "comparison.json",
+    }  # fmt: skip
+
+
+def test_a_result_says_what_it_came_from_and_what_it_took(finished: Comparison) -> None:
+    record = {r["cell"]: r for r in read_results(finished.study)}["less--25pct--1--equal_steps"]
+    assert (record["arm"], record["budget"], record["seed"], record["view"]) == ("less", "25%", 1, "equal_steps")
+    assert record["training"]["steps"] == 2
+    assert record["selection"]["examples"] == 6
+    assert record["inputs"]["model"] == finished.material.source.weights
+    assert record["inputs"]["training"]["recipe"]["seed"] == 1
+    assert {"gradients", "select", "train", "evaluate", "generate"} == set(record["seconds"])
+    assert record["seconds"]["gradients"] > 0
+    assert {"torch", "trl", "peft"} <= set(record["versions"])
+    assert record["hardware"]["cores"] == os.cpu_count()
+    assert set(record["means"]) == {"asked", "sums"}
+
+
+def test_values_are_kept_per_item(finished: Comparison) -> None:
+    for cell in finished.cells:
+        read = read_items(finished.study / "cells" / cell.name / "items.parquet")
+        assert [len(read.items[name]) for name in ("asked", "sums")] == [8, 4]
+        assert set(read.values["sums"]) == {"loss", "key_accuracy", "kl"}
+        means = read_finished(finished.study, cell).record["means"]  # type: ignore[union-attr]
+        assert read.values["asked"]["loss"].mean() == pytest.approx(means["asked"]["loss"])
+        assert (read.values["asked"]["kl"] == 0).all() == (cell.arm == "base")
+
+
+def test_all_arms_take_equal_steps_and_seeds_differ(finished: Comparison) -> None:
+    records = [r for r in read_results(finished.study) if r["arm"] != "base"]
+    assert {r["training"]["steps"] for r in records} == {2}
+    by_seed = {(r["arm"], r["seed"]): r["means"]["asked"]["loss"] for r in records}
+    for arm in ("full", "random", "less", "agem"):
+        assert by_seed[arm, 0] != by_seed[arm, 1]
+
+
+def test_a_method_without_chance_chooses_once_and_random_draws_anew(finished: Comparison) -> None:
+    assert {p.stem for p in (finished.study / "selections").iterdir()} == {
+        "less--25pct--0", "random--25pct--0", "random--25pct--1", "agem--25pct--0", "agem--25pct--1",
+    }  # fmt: skip
+    chosen = {}
+    for cell in finished.cells[1:]:
+        path = finished.study / "cells" / cell.name / "selection.json"
+        chosen[cell.arm, cell.seed] = json.loads(path.read_text())["ids"]
+    assert chosen["less", 0] == chosen["less", 1]
+    assert chosen["random", 0] != chosen["random", 1]
+    assert chosen["random", 0] == chosen["agem", 0]
+    assert len(chosen["full", 0]) == 24
+    assert len(list((finished.study / "stores").iterdir())) == 1
+
+
+def test_surgery_is_told_apart_and_its_cost_measured(finished: Comparison) -> None:
+    records = {r["cell"]: r for r in read_results(finished.study)}
+    surgery, plain = records["agem--25pct--0--equal_steps"], records["random--25pct--0--equal_steps"]
+    assert surgery["training"]["surgery_seconds"] > 0
+    assert plain["training"]["surgery_seconds"] == 0
+    assert surgery["inputs"]["training"]["anchor"] is not None
+    assert surgery["work"] != plain["work"]
+
+
+def test_a_second_run_does_nothing(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsieve.models import ModelSource
+
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
+    before = stamps(finished.study / "cells")
+    told: list[Finished] = []
+    done = Comparison.of(finished.config).run(told=lambda one, *_: told.append(one))
+    assert len(done) == len(finished.cells)
+    assert told == []
+    assert stamps(finished.study / "cells") == before
+
+
+def copied(finished: Comparison, tmp_path: Path) -> Config:
+    shutil.copytree(finished.study, tmp_path / "study")
+    return dataclasses.replace(finished.config, out=str(tmp_path / "study"))
+
+
+def test_a_cell_that_is_missing_is_done_again_to_the_same_values(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    lost = tmp_path / "study" / "cells" / "less--25pct--1--equal_steps"
+    (lost / "result.json").unlink()
+    before = stamps(tmp_path / "study" / "cells")
+    told: list[tuple[str, int, int, float]] = []
+    Comparison.of(config).run(told=lambda one, done, total, left: told.append((one.cell.name, done, total, left)))
+    assert told == [(lost.name, 9, 9, 0)]
+    there = read_items(finished.study / "cells" / lost.name / "items.parquet").values
+    again = read_items(lost / "items.parquet").values
+    assert all((there[t][m] == again[t][m]).all() for t in there for m in there[t])
+    after = stamps(tmp_path / "study" / "cells")
+    assert {name for name in before if before[name] != after[name] and ".claim" not in name} <= {
+        f"{lost.name}/{name}" for name in ("items.parquet", "generations.json", "result.json", "selection.json")
+    }
+
+
+def test_cells_of_other_settings_are_refused_with_both_sides(finished: Comparison, tmp_path: Path) -> None:
+    config = dataclasses.replace(copied(finished, tmp_path), recipe={**finished.config.recipe, "learning_rate": 1e-3})
+    message = r"full--0--equal_steps must be of .*training\.recipe\.learning_rate None there, 0\.001 here; name another --out"
+    with pytest.raises(InvalidArgument, match=message):
+        Comparison.of(config).run()
+
+
+def test_arms_and_views_can_be_added_and_equal_work_is_not_done_twice(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    config = dataclasses.replace(
+        config, views=("equal_steps", "equal_repetition"), seeds=(0,), recipe=config.recipe | {"epochs": 1}
+    )
+    config = dataclasses.replace(config, arms=[arm for arm in config.arms if arm.name != "agem"])
+    told: list[str] = []
+    comparison = Comparison.of(config)
+    comparison.run(told=lambda one, *_: told.append(one.cell.name))
+    assert told == [f"{arm}--0--equal_repetition" for arm in ("full", "random--25pct", "less--25pct")]
+    steps = {r["cell"]: r["training"].get("steps") for r in read_results(comparison.study)}
+    assert steps["full--0--equal_repetition"] == 6
+    assert steps["random--25pct--0--equal_repetition"] == 2
+
+
+def test_the_same_work_under_two_names_is_done_once(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    again = dataclasses.replace(config.arm("less"), name="again")
+    told: list[Finished] = []
+    Comparison.of(dataclasses.replace(config, arms=[*config.arms, again])).run(told=lambda one, *_: told.append(one))
+    assert [one.record["same_as"] for one in told] == ["less--25pct--0--equal_steps", "less--25pct--1--equal_steps"]
+    assert [one.record["arm"] for one in told] == ["again", "again"]
+    twin = read_items(finished.study / "cells" / "less--25pct--0--equal_steps" / "items.parquet").values
+    assert all((told[0].measurements().values[t][m] == twin[t][m]).all() for t in twin for m in twin[t])
+
+
+def test_equal_steps_are_by_default_those_of_the_whole_pool(config: Config) -> None:
+    config = dataclasses.replace(config, arms=config.arms[:3], steps=None, seeds=(0,))
+    comparison = Comparison.of(config)
+    assert full_steps(config, 24) == 6
+    assert {
+        make_job(comparison.material, cell, config.arm(cell.arm), comparison.chosen(cell)).steps
+        for cell in comparison.cells[1:]
+    } == {6}
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    folder = tmp_path / "study" / "cells" / "base"
+    (folder / "result.json").unlink()
+    with open(folder / ".claim", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = Comparison.of(config).run()
+    assert "base" not in [one.cell.name for one in done]
+    assert "base" in [one.cell.name for one in Comparison.of(config).run()]
+
+
+def test_no_cell_is_begun_after_the_minutes(config: Config) -> None:
+    assert Comparison.of(config).run(minutes=0) == []
+
+
+def test_examples_that_leak_are_refused_or_dropped_and_listed(content: dict[str, Any], tmp_path: Path) -> None:
+    pool = Path(content["pool"])
+    line = json.loads(Path(content["tests"]["asked"]["files"]).read_text().splitlines()[0]) | {"id": "stolen"}
+    pool.write_text(pool.read_text() + json.dumps(line) + "\n")
+    config = parse_config(content, "x.yaml")
+    with pytest.raises(InvalidArgument, match=r"pool .*pool\.jsonl:25 \(stolen\): the same as test asked .*asked\.jsonl:1"):
+        Comparison.of(config)
+    comparison = Comparison.of(config, drop_leaks=True)
+    assert len(comparison.material.sides(0).pool) == 24
+    comparison.run(minutes=0)
+    listed = [json.loads(text) for text in (comparison.study / "leaks.jsonl").read_text().splitlines()]
+    assert [(leak["id"], leak["kind"]) for leak in listed] == [("stolen", "same")]
+    assert any("leaks.jsonl" in note for note in comparison.material.notes)
+
+
+def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None:
+    del content["target"]
+    content["arms"] = {"less": None}
+    with pytest.raises(InvalidArgument, match=r"x\.yaml: target must be given for the arm less, got none"):
+        Comparison.of(parse_config(content, "x.yaml"))
+    content |= {"arms": {"replay": {"method": "random", "recipe": {"replay_share": 0.5}}}, "target": content.get("anchor")}
+    del content["anchor"]
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    with pytest.raises(InvalidArgument, match="replay needs an anchor"):
+        make_job(
+            comparison.material,
+            cell := Cell("replay", "25%", 0, "equal_steps"),
+            comparison.config.arm("replay"),
+            comparison.chosen(cell),
+        )
+
+
+def test_data_may_differ_by_seed(content: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    for seed in (0, 1):
+        (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[12 * seed : 12 * seed + 12]) + "\n")
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"length": None}}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    chosen = [comparison.chosen(Cell("length", "25%", seed, "equal_steps")) for seed in (0, 1)]
+    assert chosen[0] is not None
+    assert chosen[1] is not None
+    assert {int(id.removeprefix("pool-")) // 12 for id in chosen[0].ids} == {0}
+    assert {int(id.removeprefix("pool-")) // 12 for id in chosen[1].ids} == {1}
+
+
+def test_a_killed_comparison_ends_with_the_values_of_a_whole_one(
+    finished: Comparison, content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "gradsieve.cli", "compare", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    cells = Path(content["out"]) / "cells"
+    deadline = time.monotonic() + 100
+    while not (cells / "random--25pct--0--equal_steps" / "training").exists():
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.stderr.read().decode()  # type: ignore[union-attr]
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stderr.close()  # type: ignore[union-attr]
+    kept = {p: p.stat().st_mtime_ns for p in cells.glob("*/result.json")}
+    assert 1 <= len(kept) < len(finished.cells)
+    done = Comparison.of(parse_config(content, "small.yaml")).run()
+    assert len(done) == len(finished.cells)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
+    for one in done:
+        there = read_items(finished.study / "cells" / one.cell.name / "items.parquet").values
+        values = one.measurements().values
+        assert all(torch.equal(*map(torch.from_numpy, (there[t][m], values[t][m]))) for t in there for m in there[t])
