@@ -14,7 +14,7 @@ import pytest
 from gradsieve.data import read_examples, write_jsonl
 from gradsieve.demo import pool as module
 from gradsieve.demo.faults import SHARES
-from gradsieve.demo.pool import demo_anchor, demo_pool, demo_set, demo_target, demo_test, describe
+from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe
 from gradsieve.demo.terms import Term, read_terms
 from gradsieve.demo.wording import QUESTIONS
 from gradsieve.errors import InvalidArgument, MissingExtra
@@ -244,3 +244,15 @@ def test_written_and_read_again_the_examples_are_the_same(tmp_path, pool):
 def test_a_built_in_set_says_what_it_is_made_of() -> None:
     assert describe(demo_anchor(0, "facts")) == "the built-in set (60 word problem, 60 facts)"
     assert describe(demo_target(0)) == "the built-in set"
+
+
+def test_general_tests_share_nothing_with_the_anchor():
+    asked = {turn(example, 0) for example in demo_anchor()}
+    for ability in ("arithmetic", "knowledge"):
+        test = demo_general(ability, size=30)
+        assert len(test) == 30
+        assert not asked & {turn(example, 0) for example in test}
+        assert {example.category for example in test} == {ability}
+        assert test == demo_general(ability, size=30)
+    with pytest.raises(InvalidArgument, match=r"size of the demo's arithmetic test must lie in \[1, \d+\], got 500"):
+        demo_general("arithmetic", size=500)
