@@ -27,7 +27,7 @@ def changed(content: Content, path: str, value: object) -> Content:
 
 def test_the_baselines_are_added_and_come_first(config: Config) -> None:
     assert [(arm.name, arm.added) for arm in config.arms] == [
-        ("base", True), ("full", True), ("random", True), ("less", False),
+        ("base", True), ("full", True), ("random", True), ("less", False), ("agem", False),
     ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_a_key_that_is_missing_is_named(content: Content) -> None:
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(content: Content) -> None:
-    text = yaml.safe_dump(content).replace("recipe:\n", "recipe:\n  learning_rate: 2e-4\n  report_to: trackio\n")
+    text = yaml.safe_dump(content).replace("\nrecipe:\n", "\nrecipe:\n  learning_rate: 2e-4\n  report_to: trackio\n")
     config = parse_config(yaml.safe_load(text), "x.yaml")
     assert config.recipe["learning_rate"] == 2e-4
     assert config.recipe["report_to"] == ("trackio",)
