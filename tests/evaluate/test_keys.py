@@ -7,6 +7,7 @@ import pytest
 
 from gradsieve.data import Tokens
 from gradsieve.evaluate import TestSet
+from gradsieve.evaluate.completion import Completion
 from gradsieve.evaluate.keys import NUMBER, final_number, marks
 from gradsieve.types import Example
 
@@ -17,7 +18,7 @@ def marked(tokenizer: Any) -> Callable[..., list[tuple[str, str]]]:
 
     def of(rows: list[Example], **fields: Any) -> list[tuple[str, str]]:
         test = TestSet.of("t", "general", rows, tokenizer, **fields)
-        found = marks(test, tokenizer)
+        found = marks([Completion.of(t, tokenizer) for t in test.tokens], worked=test.kind == "worked")
         texts, at = [], 0
         for tokens in test.tokens:
             ids = tokens.labels[tokens.labels >= 0]
@@ -95,7 +96,9 @@ def test_versions_hold_no_second_number() -> None:
 def test_all_tokens_of_a_character_that_several_write_touch_it(tokenizer: Any, example: Any) -> None:
     test = TestSet.of("t", "general", [example("a", "?", "xé 血压")], tokenizer, kind="text")
     # ids of letters are single bytes: x, two of é, space, three each, end of turn
-    assert marks(test, tokenizer).key.tolist() == [False] * 4 + [True] * 6 + [False]
+    assert marks([Completion.of(t, tokenizer) for t in test.tokens], worked=test.kind == "worked").key.tolist() == [
+        False
+    ] * 4 + [True] * 6 + [False]
 
 
 def test_words_of_a_vocabulary_with_longer_tokens(example: Any) -> None:
@@ -114,6 +117,6 @@ def test_words_of_a_vocabulary_with_longer_tokens(example: Any) -> None:
     ids = np.array([9, 2, 3, 4, 5, 6, 0], dtype=np.int32)
     labels = np.where(np.arange(7) > 0, ids, -100).astype(np.int32)
     test = TestSet("t", "general", [example("a", "?", "a bitter pills123")], [Tokens(ids, labels, False)], "text")
-    found = marks(test, fast)
+    found = marks([Completion.of(t, fast) for t in test.tokens], worked=False)
     assert found.number.tolist() == [False, False, False, True, True, False]
     assert found.key.tolist() == [False, True, True, True, False, False]

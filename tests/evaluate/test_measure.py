@@ -10,6 +10,7 @@ import torch
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import Suite, TestSet, measure
+from gradsieve.evaluate.completion import Completion
 from gradsieve.evaluate.keys import marks
 
 
@@ -26,7 +27,7 @@ def test_metrics_are_those_of_one_example_at_a_time_in_float64(
     model, base = tiny(), tiny(seed=5)
     found = measure(model, suite, tokenizer=tokenizer, base=base, batch_tokens=500)
     for test in suite:
-        at, marked = 0, marks(test, tokenizer)
+        at, marked = 0, marks([Completion.of(t, tokenizer) for t in test.tokens], worked=test.kind == "worked")
         for i, tokens in enumerate(test.tokens):
             log_p, target = naive_log_p(model, tokens)
             log_b, _ = naive_log_p(base, tokens)

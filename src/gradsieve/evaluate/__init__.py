@@ -1,6 +1,10 @@
-"""Measures a model on test sets, item by item: losses, answer-bearing tokens, KL to the base model, multiple choice."""
+"""Measures a model on test sets, item by item.
 
-from gradsieve.evaluate.measure import CHOICES, LOSSES, Metric, measure
+Losses, answer-bearing tokens, KL to the base model, multiple choice, generated text; and any lm-evaluation-harness task.
+"""
+
+from gradsieve.evaluate.generation import Generated
+from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, measure
 from gradsieve.evaluate.sets import Options, Suite, TestSet
 
-__all__ = ["CHOICES", "LOSSES", "Metric", "Options", "Suite", "TestSet", "measure"]
+__all__ = ["CHOICES", "LOSSES", "TEXTS", "Generated", "Metric", "Options", "Suite", "TestSet", "measure"]

@@ -33,12 +33,17 @@ LOGIT_FLOATS = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Values per completion token; see the module for their meaning and order."""
+    """Values per completion token of `items` examples; see the module for their meaning and order."""
 
+    items: int
     row: Tensor
     nll: Tensor
     right: Tensor
     kl: Tensor | None
+
+    def sums(self, value: Tensor, of: Tensor) -> Tensor:
+        """Returns per example the sum of the values [N] that are marked (bool [N]), float64 [items]."""
+        return torch.zeros(self.items, dtype=torch.float64).index_add_(0, self.row[of], value[of].double())
 
 
 def likelihood(
@@ -114,7 +119,8 @@ def _collected(
         done += sum(lengths[part])
         progress(stage, done, sum(lengths))
     _check_finite(nll, kl)
-    return Likelihood(torch.arange(len(rows)).repeat_interleave(counts), nll, right, kl if theirs else None)
+    row = torch.arange(len(rows)).repeat_interleave(counts)
+    return Likelihood(len(rows), row, nll, right, kl if theirs else None)
 
 
 def _divergence(base: Tensor, log_p: Tensor) -> Tensor:

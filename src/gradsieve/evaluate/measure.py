@@ -9,13 +9,17 @@
     kl                nats per token           mean KL(base || model) over its completion tokens; base is the untouched model
     choice            0 or 1                   the right option has the smallest nll of all (equal ones: the first counts)
     choice_norm       0 or 1                   … the smallest loss of all
+    bleu, meteor, rouge1, rouge2, rougeL       of the greedily generated text against the item's answer, sets of kind choice and
+                                               text (gradsieve.evaluate.texts); `meteor` is `meteor_nosyn` without WordNet
+    exact_number      0 or 1                   the generated text's final number is the answer's, sets of kind worked
+    stopped           0 or 1                   the generated text came to its end within max_new_tokens
 
 A value that an item cannot have (no key token, no digit) is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -23,14 +27,22 @@ import torch
 from torch import Tensor, nn
 
 from gradsieve.clock import Progress, silent
+from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
-from gradsieve.evaluate.keys import marks
+from gradsieve.evaluate.completion import Completion
+from gradsieve.evaluate.generation import Generated, generate, stop_tokens
+from gradsieve.evaluate.keys import Marks, marks
 from gradsieve.evaluate.likelihood import Likelihood, likelihood
-from gradsieve.evaluate.sets import TestSet
+from gradsieve.evaluate.sets import Options, TestSet
+from gradsieve.evaluate.texts import bleu, check_installed, exact_number, meteor, rouge
 
-Metric = Literal["loss", "nll", "tokens", "key_loss", "key_accuracy", "number_accuracy", "kl", "choice", "choice_norm"]
+Metric = Literal[
+    "loss", "nll", "tokens", "key_loss", "key_accuracy", "number_accuracy", "kl", "choice", "choice_norm",
+    "bleu", "meteor", "rouge1", "rouge2", "rougeL", "exact_number", "stopped",
+]  # fmt: skip
 LOSSES: tuple[Metric, ...] = ("loss", "nll", "tokens", "key_loss", "key_accuracy", "number_accuracy")
 CHOICES: tuple[Metric, ...] = ("choice", "choice_norm")
+TEXTS: tuple[Metric, ...] = ("bleu", "meteor", "rouge1", "rouge2", "rougeL", "exact_number", "stopped")
 
 Measured = dict[str, dict[str, Tensor]]
 
@@ -42,9 +54,11 @@ def measure(
     tokenizer: Any,
     base: nn.Module | None = None,
     metrics: Collection[Metric] | None = None,
+    max_new_tokens: int = 256,
     batch_tokens: int = 4096,
     device: str | None = None,
     progress: Progress = silent,
+    on_texts: Callable[[TestSet, list[Generated]], None] | None = None,
 ) -> Measured:
     """Returns the model's values by set and metric, float64 [items] in the order of the set's examples.
 
@@ -55,12 +69,15 @@ def measure(
         base: The untouched model, for `kl`; a PEFT model without its adapters is its own base.
         metrics: See the module. None takes all but those of generated text, and `kl` only where there is a base. A set
             without options has no `choice`.
+        max_new_tokens: Where a generated text is cut off.
         batch_tokens: Padded tokens per forward pass; it changes time and memory, not values.
         device: Where the token ids go; None is where the model is.
-        progress: Is told of tokens done, set by set.
+        progress: Is told of tokens (texts) done, set by set.
+        on_texts: Is given the generated texts of each set, in the order of its examples.
 
     Raises:
-        InvalidArgument: A metric is unknown, or `kl` is asked for and there is no base.
+        InvalidArgument: A metric is unknown, `kl` is asked for and there is no base, or a text does not fit into the model.
+        MissingExtra: The library of a text metric is not installed; found out before anything is measured.
         ModelError: The model's head is not known, or it gives values that are not finite.
     """
     tests = list(sets)
@@ -68,16 +85,27 @@ def measure(
     if len(set(names)) < len(names):
         raise InvalidArgument(f"sets must have different names, got {', '.join(names)}; rename them")
     wanted = _wanted(metrics, has_base=base is not None or hasattr(model, "disable_adapter"))
+    if any(test.kind != "worked" for test in tests):
+        check_installed(wanted)
     score = partial(likelihood, model, batch_tokens=batch_tokens, device=device, progress=progress)
+    write = partial(generate, model, tokenizer=tokenizer, batch_tokens=batch_tokens, device=device, progress=progress)
     measured: Measured = {}
     for test in tests:
         found: dict[str, Tensor] = {}
+        items = [Completion.of(tokens, tokenizer) for tokens in test.tokens]
         if wanted & {*LOSSES, "kl"}:
             values = score(test.tokens, base=base, kl="kl" in wanted, stage=f"evaluate {test.name}")
-            found |= losses(values, test, tokenizer)
+            found |= losses(values, marks(items, worked=test.kind == "worked"))
         if wanted & {*CHOICES} and test.kind == "choice":
-            found |= choices(test, score)
-        measured[test.name] = {name: found[name] for name in get_args(Metric) if name in wanted and name in found}
+            found |= choices(test.options, score(_options(test), stage=f"choose {test.name}"))
+        if texts := wanted & {*TEXTS}:
+            prompts = [item.prompt_ids for item in items]
+            stop = stop_tokens(model, items, tokenizer)
+            written = write(prompts, stop=stop, max_new_tokens=max_new_tokens, stage=f"generate {test.name}")
+            if on_texts:
+                on_texts(test, written)
+            found |= text_scores(texts, items, written, worked=test.kind == "worked")
+        measured[test.name] = {name: value for name, value in found.items() if name.removesuffix("_nosyn") in wanted}
     return measured
 
 
@@ -90,19 +118,17 @@ def _wanted(metrics: Collection[Metric] | None, has_base: bool) -> set[str]:
     return {*metrics}
 
 
-def losses(values: Likelihood, test: TestSet, tokenizer: Any) -> dict[str, Tensor]:
-    """Returns the losses, accuracies and KL of a set's items from those of its completion tokens."""
-    marked = marks(test, tokenizer)
-    right = values.right.double()
-    every = torch.ones_like(values.right)
+def losses(values: Likelihood, marked: Marks) -> dict[str, Tensor]:
+    """Returns the losses, accuracies and KL of items from those of their completion tokens, float64 [items] by name."""
+    every, ones, right = torch.ones_like(values.right), torch.ones_like(values.nll), values.right.double()
 
     def mean(value: Tensor, of: Tensor) -> Tensor:
-        return _sums(value, of, values.row, len(test.tokens)) / _sums(torch.ones_like(value), of, values.row, len(test.tokens))
+        return values.sums(value, of) / values.sums(ones, of)
 
     found = {
         "loss": mean(values.nll, every),
-        "nll": _sums(values.nll, every, values.row, len(test.tokens)),
-        "tokens": _sums(torch.ones_like(values.nll), every, values.row, len(test.tokens)),
+        "nll": values.sums(values.nll, every),
+        "tokens": values.sums(ones, every),
         "key_loss": mean(values.nll, marked.key),
         "key_accuracy": mean(right, marked.key),
         "number_accuracy": mean(right, marked.number),
@@ -110,23 +136,45 @@ def losses(values: Likelihood, test: TestSet, tokenizer: Any) -> dict[str, Tenso
     return found if values.kl is None else found | {"kl": mean(values.kl, every)}
 
 
-def _sums(value: Tensor, of: Tensor, row: Tensor, items: int) -> Tensor:
-    """Returns per item the sum of the values [N] that are marked, float64."""
-    return torch.zeros(items, dtype=torch.float64).index_add_(0, row[of], value[of])
+def choices(items: Sequence[Options], values: Likelihood) -> dict[str, Tensor]:
+    """Returns whether the right option is the likeliest, as a whole (`choice`) and per token (`choice_norm`): 0 or 1 [items].
 
-
-def choices(test: TestSet, score: Callable[..., Likelihood]) -> dict[str, Tensor]:
-    """Returns whether the right option is the likeliest, as a whole (`choice`) and per token (`choice_norm`): 0 or 1."""
-    rows = [tokens for item in test.options for tokens in item.tokens]
-    values = score(rows, stage=f"choose {test.name}")
+    Args:
+        items: The options and the right one of each item.
+        values: Of all options, item by item.
+    """
     every = torch.ones_like(values.right)
-    nll = _sums(values.nll, every, values.row, len(rows))
-    tokens = _sums(torch.ones_like(values.nll), every, values.row, len(rows))
-    counts = [len(item.tokens) for item in test.options]
-    answers = [item.answer for item in test.options]
+    nll = values.sums(values.nll, every)
+    tokens = values.sums(torch.ones_like(values.nll), every)
 
     def hits(score: Tensor) -> Tensor:
-        firsts = [int(part.argmin()) for part in score.split(counts)]
-        return torch.tensor([float(a == b) for a, b in zip(firsts, answers, strict=True)], dtype=torch.float64)
+        firsts = [int(part.argmin()) for part in score.split([len(item.tokens) for item in items])]
+        return torch.tensor([float(a == item.answer) for a, item in zip(firsts, items, strict=True)], dtype=torch.float64)
 
     return {"choice": hits(nll), "choice_norm": hits(nll / tokens)}
+
+
+def text_scores(
+    wanted: Collection[str], items: Sequence[Completion], written: Sequence[Generated], *, worked: bool
+) -> dict[str, Tensor]:
+    """Returns the scores of generated texts that are wanted, as far as such items have them, by name.
+
+    Args:
+        wanted: Names out of `TEXTS`.
+        items: The right answers.
+        written: The generated ones.
+        worked: Whether they are worked answers, held to their final number alone.
+    """
+    texts, references = [one.text for one in written], [item.last for item in items]
+    found = {"stopped": torch.tensor([float(one.stopped) for one in written], dtype=torch.float64)}
+    if worked:
+        return found | {"exact_number": exact_number(texts, ["" if item.cut else item.last for item in items])}
+    if "bleu" in wanted:
+        found["bleu"] = bleu(texts, references)
+    if "meteor" in wanted:
+        found |= meteor(texts, references)
+    return found | rouge(texts, references) if {"rouge1", "rouge2", "rougeL"} & {*wanted} else found
+
+
+def _options(test: TestSet) -> list[Tokens]:
+    return [tokens for item in test.options for tokens in item.tokens]
