@@ -23,8 +23,9 @@ from gradsieve.train import Recipe, finetune
 from .conftest import examples, gpt2, llama
 from .test_loss import loss_naive
 
-PLAIN = Recipe(batch=4, micro_batch=2, epochs=2, order="selection", learning_rate=1e-2, device="cpu")
+PLAIN = Recipe(batch=4, micro_batch=2, epochs=2, order="selection", learning_rate=1e-2, device="cpu", save_steps=99)
 FULL = dataclasses.replace(PLAIN, tuning="full")
+SHARED = dataclasses.replace(FULL, batch=5, order="shuffled", surgery="agem", anchor_batch=3)  # a batch of 1 at the end
 
 
 def gradient_naive(model: Any, tokens: Sequence[Tokens], weights: Sequence[float]) -> dict[str, torch.Tensor]:
@@ -169,7 +170,11 @@ def assert_untouched(model: Any, before: dict[str, Any]) -> None:
     assert after == {key: value for key, value in before.items() if key != "weights"}
 
 
-@pytest.mark.parametrize("extra", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16", "dropout": 0.1}])
+@pytest.mark.parametrize(
+    ("make_model", "extra"),
+    [(llama, {}), (gpt2, {"gradient_checkpointing": True, "dtype": "bfloat16", "dropout": 0.1})],
+    ids=["llama", "gpt2, with everything on"],
+)
 def test_adapters_learn_and_come_off_without_a_trace(
     make_model: Callable[..., Any], extra: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -243,6 +248,30 @@ def test_the_seed_decides_and_the_callers_random_states_stay(tmp_path: Path) -> 
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # type: ignore[index]  # noqa: NPY002
 
 
+def test_a_tracker_that_is_named_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback, integrations
+    from transformers.integrations import integration_utils
+
+    seen: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            seen.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    recipe = dataclasses.replace(PLAIN, report_to=("tensorboard",))
+    trained = finetune(llama(), examples(6), recipe, tmp_path)
+    steps = [logs for logs in seen if "loss" in logs]
+    assert tuple(logs["loss"] for logs in steps) == trained.losses
+    assert [logs["epoch"] for logs in steps] == pytest.approx([4 / 6, 1, 10 / 6, 2])
+    assert [logs["learning_rate"] for logs in steps][:2] == pytest.approx([0.0, 1e-2])
+    with pytest.raises(MissingExtra, match="report_to names wandb, which is not installed; pip install wandb"):
+        finetune(llama(), examples(6), dataclasses.replace(PLAIN, report_to=("wandb",)), tmp_path)
+    with pytest.raises(InvalidArgument, match="report_to must name trackers of transformers, got 'wandbx'"):
+        finetune(llama(), examples(6), dataclasses.replace(PLAIN, report_to=("wandbx",)), tmp_path)
+
+
 def test_no_network_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a connection was tried")
@@ -301,6 +330,30 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert resumed.tokens == straight.tokens == done[-1]
     assert_same(resumed.model, straight.model, atol=0)
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*")) == []
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(here)!r})\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from conftest import examples, gpt2\n"
+        "from gradsieve.train import Recipe, finetune\n"
+        f"recipe = {SHARED!r}\n"
+        "finetune(gpt2(torch.float64), examples(11), recipe, Path(sys.argv[1]), anchor=examples(3, 5), weights=range(11))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    ran = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    one, two = gpt2(torch.float64), gpt2(torch.float64)
+    alone = finetune(one, examples(11), SHARED, tmp_path / "one", anchor=examples(3, 5), weights=range(11))
+    both = finetune(two, examples(11), SHARED, tmp_path / "two", anchor=examples(3, 5), weights=range(11))  # loads it
+    assert_same(two, one)
+    assert both.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert (both.conflicts, both.tokens) == (alone.conflicts, alone.tokens)
+    assert both.conflicts > 0
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

@@ -132,18 +132,17 @@ def finetune(
         MissingExtra: trl is not installed.
         ModelError: The model cannot be trained this way, or its loss is no longer finite.
     """
-    _require_packages()
+    _require_packages(recipe)
     scaled = _check(model, tokens, recipe, weights, anchor, replay)
-    fingerprint = _fingerprint(model, recipe, tokens, scaled, anchor, replay)
-    _claim(out, recipe, fingerprint)
-    before = _Before.of(model)
-    if (out / FINISHED).exists():
-        return _load(model, recipe, out, before)
     plan = make_plan(recipe, len(tokens), len(replay), len(anchor))
     if math.ceil(recipe.warmup * len(plan)) >= len(plan):
         raise InvalidArgument(
             f"warmup must leave a step at the full rate, got {recipe.warmup:g} of {len(plan)} steps; set it to 0"
         )
+    _claim(out, recipe, _fingerprint(model, recipe, tokens, scaled, anchor, replay))
+    before = _Before.of(model)
+    if (out / FINISHED).exists():
+        return _load(model, recipe, out, before)
     try:
         with _own_randomness(), _known_renames():
             trainer = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress)
@@ -153,9 +152,9 @@ def finetune(
     live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     facts = _facts(trainer, plan, out)
     if trainer.is_world_process_zero():
-        from gradsieve.train.trainer import write_whole
+        from gradsieve.train.trainer import write_json
 
-        write_whole(out / FINISHED, facts)
+        write_json(out / FINISHED, facts)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return _trained(live, recipe, out, facts, before)
@@ -180,10 +179,19 @@ def _train(
 # -- before ---------------------------------------------------------------------------------------------------------------
 
 
-def _require_packages() -> None:
+def _require_packages(recipe: Recipe) -> None:
     for name in ("trl", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtra(f"training needs the package {name}, which is not installed; {INSTALL}")
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    for name in recipe.report_to:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise InvalidArgument(f"report_to must name trackers of transformers, got {name!r}: {error}") from None
+        if name not in get_available_reporting_integrations():
+            raise MissingExtra(f"report_to names {name}, which is not installed; pip install {name}")
 
 
 def _check(
@@ -267,7 +275,7 @@ def _fingerprint(
 
 def _claim(out: Path, recipe: Recipe, fingerprint: str) -> None:
     """Writes what the folder is for, or refuses one that is for something else."""
-    from gradsieve.train.trainer import write_whole
+    from gradsieve.train.trainer import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     if (out / STARTED).exists():
@@ -280,7 +288,7 @@ def _claim(out: Path, recipe: Recipe, fingerprint: str) -> None:
             f"out must be a new folder or one of the same training, got {out}, where "
             f"{'; '.join(differing) or 'model, examples or weights differ'}; name another folder or remove it"
         )
-    write_whole(out / STARTED, {"fingerprint": fingerprint, "recipe": recipe.to_mapping()})
+    write_json(out / STARTED, {"fingerprint": fingerprint, "recipe": recipe.to_mapping()})
 
 
 def _dataset(tokens: Sequence[Tokens], weights: Sequence[float], replay: Sequence[Tokens], anchor: Sequence[Tokens]) -> Dataset:

@@ -8,7 +8,6 @@ be operated on while it is whole. Importing this module loads trl, which takes s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.train.loss import example_losses
@@ -233,7 +233,7 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / NAMES).write_text(json.dumps(self.trainer.parameter_names()))
-        write_whole(folder / WHOLE, asdict(self.trainer.spent))
+        write_json(folder / WHOLE, asdict(self.trainer.spent))
         for other in Path(args.output_dir).glob("checkpoint-*"):
             if int(other.name.rpartition("-")[2]) not in {*self.kept, state.global_step}:
                 shutil.rmtree(other)
@@ -254,18 +254,13 @@ def last_checkpoint(folder: Path) -> tuple[Path, Spent] | None:
     for path in found:
         if (path / WHOLE).exists():
             return path, Spent(**json.loads((path / WHOLE).read_text()))
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # several processes may come here at once
     return None
 
 
-def write_whole(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     """Writes JSON that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(values, indent=1).encode())
 
 
 def _arguments(recipe: Recipe, out: Path, steps: int) -> SFTConfig:
