@@ -113,6 +113,24 @@ def test_a_target_whose_gradient_is_not_finite_is_noted(write_data: Write, tiny_
     assert "1 of the target's gradients are not finite and were left out" in result.notes
 
 
+def test_the_anchor_is_measured_in_every_form_that_a_method_asks_for(
+    write_data: Write, data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.jsonl"
+    parts = [Path(data["anchor"]), write_data("knowledge", 5, category="knowledge")]
+    both.write_text("".join(part.read_text() for part in parts))
+    common = {**data, "anchor": str(both), "model": str(tiny_model), "budget": "4", "store": str(tmp_path / "store"), **SMALL}
+    for settings in ({"normalize": "example"}, {"normalize": "category"}, {"space": "categories"}):
+        result = gs.select("orth-only", settings=settings, **{**common, "store": str(tmp_path / str(settings))})
+        assert any("the anchor has 11 usable examples; 300 to 500" in note for note in result.selection.notes)
+    facts = result.references
+    assert facts["anchor:arithmetic"].cosines["anchor:knowledge"] == facts["anchor:knowledge"].cosines["anchor:arithmetic"]
+    assert facts["anchor:knowledge"].cosines["anchor:knowledge"] == pytest.approx(1)
+    again = gs.select("orth-only", settings=settings, **{**common, "store": str(tmp_path / str(settings))})
+    assert again.references == facts
+    assert "nearest" in str(gs.select("ogs-static", settings={"utility": "nearest"}, **common).method)
+
+
 def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(
     data: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:

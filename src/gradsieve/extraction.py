@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,20 @@ class ComputeSettings:
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Right examples and wrong copies of the same prompts (OGS-10)."""
+    """Right examples and wrong copies of the same prompts (OGS-10), in the same order."""
 
     right: TokenSet
     wrong: TokenSet
+
+
+@dataclass(frozen=True, eq=False)
+class UnitMean:
+    """A set of which every example counts by its direction alone: Σ g/‖g‖, so that no gradient rules by its length."""
+
+    examples: TokenSet
+
+
+Source = TokenSet | Contrast | UnitMean
 
 
 def contrast(
@@ -172,7 +183,7 @@ def contrast(
     return Contrast(right, wrong), note if left_out else None
 
 
-def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, TokenSet | Contrast]) -> Manifest:
+def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source]) -> Manifest:
     """Returns what a store's rows depend on beside the examples."""
     engine = compute.engine
     return Manifest(
@@ -193,9 +204,11 @@ def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[s
     )
 
 
-def _reference_digest(source: TokenSet | Contrast) -> str:
+def _reference_digest(source: Source) -> str:
     if isinstance(source, TokenSet):
         return source.digest()
+    if isinstance(source, UnitMean):
+        return f"unit rows of {source.examples.digest()}"
     return f"{source.right.digest()} against {source.wrong.digest()}"
 
 
@@ -221,50 +234,76 @@ def token_batches(tokens: Sequence[Tokens], batch_tokens: int, device: str) -> I
 def measure_references(
     model: torch.nn.Module,
     compute: ComputeSettings,
-    sources: Mapping[str, TokenSet | Contrast],
+    sources: Mapping[str, Source],
     progress: Progress = silent,
 ) -> References:
     """Returns the unit directions of mean gradients (OGS-1) and contrasts (OGS-10); a set is measured once."""
-    sets = {side.digest(): side for source in sources.values() for side in _sides(source)}
-    uses = dict.fromkeys(sets, 0)
-    for source in sources.values():
-        for side in _sides(source):
-            uses[side.digest()] += 1
-    total, done = sum(sum(side.lengths) for side in sets.values()), 0
-    trim = Trimmer()
-    measured: dict[str, MeanGradient] = {}
+    sides = [side for source in sources.values() for side in _sides(source)]
+    uses = Counter(side.digest() for side in sides)
+    paired = {side.digest() for source in sources.values() if isinstance(source, Contrast) for side in _sides(source)}
+    total = sum(sum(side.lengths) for side in {side.digest(): side for side in sides}.values())
+    total += sum(sum(source.examples.lengths) for source in sources.values() if isinstance(source, UnitMean))
+    done, trim = 0, Trimmer()
+    measured: dict[str, tuple[MeanGradient, dict[bytes, int]]] = {}
     units: dict[str, UnitDirection] = {}
 
-    def mean(side: TokenSet, engine: GradientEngine) -> MeanGradient:
+    def counted(ordered: Sequence[Tokens], scale: torch.Tensor | None = None) -> Iterator[Batch]:
         nonlocal done
+        first = 0
+        for batch, count in token_batches(ordered, compute.batch_tokens, compute.device):
+            rows = len(batch.input_ids)
+            yield batch if scale is None else replace(batch, scale=scale[first : first + rows])
+            first, done = first + rows, done + count
+            progress("references", done, total)
+            trim()
+
+    def mean(side: TokenSet, engine: GradientEngine) -> tuple[MeanGradient, dict[bytes, int]]:
+        """Returns the mean, and for every example's key the place at which it was added."""
         digest = side.digest()
         if digest not in measured:
-            order = plan_units(side.lengths, side.keys, sum(side.lengths) + 1)[0]
-
-            def counted() -> Iterator[Batch]:
-                nonlocal done
-                ordered = [side.tokens[i] for i in order]
-                for batch, count in token_batches(ordered, compute.batch_tokens, compute.device):
-                    yield batch
-                    done += count
-                    progress("references", done, total)
-                    trim()
-
-            measured[digest] = engine.mean_gradient(counted())
+            order = _longest_first(side)
+            place = {side.keys[i]: j for j, i in enumerate(order)}
+            ordered = [side.tokens[i] for i in order]
+            measured[digest] = engine.mean_gradient(counted(ordered), sketched=digest in paired), place
         uses[digest] -= 1
         return measured[digest] if uses[digest] else measured.pop(digest)
 
+    def direction(source: Source, engine: GradientEngine) -> MeanGradient:
+        if isinstance(source, TokenSet):
+            return mean(source, engine)[0]
+        if isinstance(source, UnitMean):
+            side = source.examples
+            plain, place = mean(side, engine)
+            order = _longest_first(side)
+            norms = torch.cat(plain.squares)[[place[side.keys[i]] for i in order]].sqrt()
+            if not norms.all():
+                raise InvalidArgument(
+                    f"{side.name} must have gradients above 0 to be normalised, got one of 0; drop that example"
+                )
+            return engine.mean_gradient(counted([side.tokens[i] for i in order], 1 / norms))
+        (right, first), (wrong, second) = mean(source.right, engine), mean(source.wrong, engine)
+        pairs = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
+        return right.minus(wrong, pairs)
+
     with GradientEngine(model, compute.engine) as engine:
         for name, source in sources.items():
-            if isinstance(source, TokenSet):
-                units[name] = UnitDirection.of(name, mean(source, engine))
-            else:
-                units[name] = UnitDirection.of(name, mean(source.right, engine).minus(mean(source.wrong, engine)))
+            units[name] = UnitDirection.of(name, direction(source, engine))
     return References.of_units(units)
 
 
-def _sides(source: TokenSet | Contrast) -> tuple[TokenSet, ...]:
-    return (source,) if isinstance(source, TokenSet) else (source.right, source.wrong)
+def _longest_first(side: TokenSet) -> list[int]:
+    return [int(i) for i in plan_units(side.lengths, side.keys, sum(side.lengths) + 1)[0]]
+
+
+def _in_order(mean: MeanGradient, place: Mapping[bytes, int], side: TokenSet) -> torch.Tensor:
+    """Returns the sketches in the order of the set, from their places in the order of adding."""
+    return torch.cat(mean.sketches)[[place[key] for key in side.keys]]
+
+
+def _sides(source: Source) -> tuple[TokenSet, ...]:
+    if isinstance(source, TokenSet):
+        return (source,)
+    return (source.examples,) if isinstance(source, UnitMean) else (source.right, source.wrong)
 
 
 def fill(
@@ -317,7 +356,7 @@ def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> 
 
 def write_facts(store: GradientStore, facts: Mapping[str, Reference]) -> None:
     """Keeps what is known about the references beside the rows that were multiplied with them."""
-    content = {name: {"norm": f.norm, "count": f.count, "signal_share": f.signal_share} for name, f in facts.items()}
+    content = {name: asdict(fact) for name, fact in facts.items()}
     write_atomically(store.directory / "references.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 

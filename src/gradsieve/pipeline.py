@@ -21,7 +21,9 @@ from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
     ComputeSettings,
     Contrast,
+    Source,
     TokenSet,
+    UnitMean,
     contrast,
     fill,
     manifest,
@@ -434,7 +436,7 @@ class _Run:
         self,
         model: torch.nn.Module,
         compute: ComputeSettings,
-        references: Mapping[str, TokenSet | Contrast],
+        references: Mapping[str, Source],
         stores: Mapping[str, GradientStore],
         pending: Mapping[str, Any],
     ) -> Mapping[str, Reference]:
@@ -452,19 +454,19 @@ class _Run:
                     written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress))
         return stacked.facts if stacked else {}
 
-    def _reference_sources(
-        self, source: ModelSource, compute: ComputeSettings, template: str | None
-    ) -> dict[str, TokenSet | Contrast]:
+    def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
         """The sets behind every reference that the method reads; `*` stands for all that can be made.
 
         A target's contrast is measured beside the anchor's: it finds wrong answers of the domain itself.
         """
-        found: dict[str, TokenSet | Contrast] = {}
+        found: dict[str, Source] = {}
         needs = self.needs
         if "dot/target" in needs:
             found["target"] = self.sets["target"]
         if "dot/anchor" in needs:
             found["anchor"] = self.sets["anchor"]
+        if "dot/unit/anchor" in needs:
+            found["unit/anchor"] = UnitMean(self.sets["anchor"])
         parts = self._categories() if any("anchor:" in need or need == "dot/contrast/*" for need in needs) else {}
         for category, part in parts.items():
             if "dot/anchor:*" in needs:
@@ -528,7 +530,7 @@ def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -
 
 def _reads(need: str, role: str) -> bool:
     """Says whether a need cannot be met without the examples of this role."""
-    return need == f"{role}s" or need.startswith((f"dot/{role}", f"dot/contrast/{role}"))
+    return need == f"{role}s" or need.startswith((f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}"))
 
 
 def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:

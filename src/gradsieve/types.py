@@ -15,8 +15,8 @@ Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names 
                          statistics of the gradient of parameter group G; G is `embedding` or `lm_head`
     dot/R                <g, r/‖r‖>: the exact product with the UNIT vector of reference R, so that cos(g, r) = dot/R / norm
 
-Reference names R: `target`, `anchor` (all categories together), `anchor:CATEGORY`, `contrast/anchor:CATEGORY`,
-`contrast/target`.
+Reference names R: `target`, `anchor` (all categories together), `unit/anchor` (the mean of unit gradients in place of
+gradients), `anchor:CATEGORY`, `contrast/anchor:CATEGORY`, `contrast/target`.
 """
 
 from __future__ import annotations
@@ -156,12 +156,15 @@ class Reference:
         norm: ‖r‖.
         count: Examples it is the mean of (for a contrast: correct ones; as many corrupted ones stand against them).
         signal_share: 1 - (mean per-example variance / count) / ‖r‖²: near 1 where the mean stands out of its own
-            sampling noise, near or below 0 where it is mostly noise.
+            sampling noise, near or below 0 where it is mostly noise. For a contrast the variance is that of the differences
+            between an example and its own corrupted copy.
+        cosines: Cosine with every reference that was measured together with this one, itself included, by name.
     """
 
     norm: float
     count: int
     signal_share: float
+    cosines: Mapping[str, float] = field(default_factory=dict)
 
 
 class Navigator(Protocol):

@@ -48,6 +48,16 @@ def test_stacked_references_have_norm_one_and_keep_their_facts() -> None:
         assert references.facts[name].norm == pytest.approx(whole[name].norm().item())
 
 
+def test_references_know_their_cosines_with_each_other() -> None:
+    rng = torch.Generator().manual_seed(1)
+    rows = {name: torch.randn(4, 8, generator=rng, dtype=torch.float64) for name in "abc"}
+    facts = References.stack({name: mean_of(G) for name, G in rows.items()}).facts
+    for a, G in rows.items():
+        for b, H in rows.items():
+            expected = torch.cosine_similarity(G.mean(0), H.mean(0), dim=0).item()
+            assert facts[a].cosines[b] == pytest.approx(expected, abs=1e-12)
+
+
 def test_no_references_have_no_part_in_any_parameter() -> None:
     assert len(References().of("w")) == 0
     assert References.stack({}).names == ()

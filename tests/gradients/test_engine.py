@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -235,6 +236,35 @@ def test_a_contrast_is_a_difference_with_the_noise_of_both(twin: Any) -> None:
     assert references.names == ("contrast", "left")
     lengths = torch.stack([tensor.square().sum((1, 2)) for tensor in references.tensors.values()]).sum(0)
     assert torch.allclose(lengths, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_contrast_of_pairs_has_the_noise_of_their_differences(twin: Any) -> None:
+    model, rows, copies = twin.model("llama", torch.float64), twin.rows((14, 9, 11, 17)), twin.rows((13, 9, 12, 17))
+    names = chosen_names(model, "linear")
+    with GradientEngine(model, EngineSettings("linear", SketchPlan(4096, 0))) as engine:
+        sides = [engine.mean_gradient([twin.pad(part)], sketched=True) for part in (rows, copies)]
+        blocks = [engine.block(twin.pad(part)) for part in (rows, copies)]
+    pairs = torch.cat(sides[0].sketches), torch.cat(sides[1].sketches)
+    assert all(torch.allclose(pair, block.sketch, rtol=1e-5, atol=1e-7) for pair, block in zip(pairs, blocks, strict=True))
+    true = twin.naive(model, [*rows, *copies])
+    whole = [torch.cat([g.flatten() for g in true.merged(z, names).values()]) for z in range(8)]
+    differences = torch.stack(whole[:4]) - torch.stack(whole[4:])
+    spread = float((differences - differences.mean(0)).square().sum())
+    contrast = sides[0].minus(sides[1], pairs)
+    assert contrast.noise == pytest.approx(spread / 3 / 4, rel=0.15)  # the sketch's own error: √(2/4096) a row
+
+
+def test_a_scaled_example_counts_that_much(twin: Any) -> None:
+    model, rows = twin.model("llama-tied", torch.float64), twin.rows((14, 9, 11))
+    names, true, scale = chosen_names(model, "all"), twin.naive(model, rows), torch.tensor([0.5, 2.0, 0.0])
+    with GradientEngine(model, EngineSettings(params="all")) as engine:
+        batch = twin.pad(rows)
+        mean = engine.mean_gradient([replace(batch, scale=scale)])
+    parts = [true.merged(z, names) for z in range(3)]
+    for key, tensor in mean.tensors.items():
+        expected = sum(s * part[key] for s, part in zip(scale.tolist(), parts, strict=True)) / 3
+        assert torch.allclose(tensor, expected, rtol=1e-9, atol=1e-12)
+    assert torch.cat(mean.squares)[1].sqrt() == pytest.approx(2 * true.norm(1, names), rel=1e-9)
 
 
 @pytest.mark.parametrize("fault", [None, "block", "forward"])

@@ -47,6 +47,7 @@ def build_problem(n: int, d: int = 16, m: int = 6, seed: int = 0, checkpoints: i
     shared = torch.randn(p, generator=rng, dtype=torch.float64)
     G, T, A, wrong = (_gradients(count, p, shared, rng) for count in (n, m, m + 2, m + 2))
     means = {"target": T.mean(0), "anchor": A.mean(0), "contrast/target": T.mean(0) - wrong[:m].mean(0)}
+    means["unit/anchor"] = (A / A.norm(dim=1, keepdim=True)).mean(0)
     for name, part in (("math", slice(None, half)), ("knowledge", slice(half, None))):
         means |= {f"anchor:{name}": A[part].mean(0), f"contrast/anchor:{name}": A[part].mean(0) - wrong[part].mean(0)}
     projections = [torch.randn(p, d, generator=rng, dtype=torch.float64) / d**0.5 for _ in range(checkpoints)]
@@ -59,7 +60,8 @@ def build_problem(n: int, d: int = 16, m: int = 6, seed: int = 0, checkpoints: i
         sketch = {"base" if c == 0 else f"epoch{c}": (H @ S).float() for c, S in enumerate(projections)}
         return ArrayGradients([f"{prefix}-{i:05d}" for i in names], sketch, columns)
 
-    references = {name: Reference(norm=float(r.norm()), count=m, signal_share=0.9) for name, r in means.items()}
+    cosines = {a: {b: float(r @ s / (r.norm() * s.norm())) for b, s in means.items()} for a, r in means.items()}
+    references = {name: Reference(float(r.norm()), 400, 0.9, cosines[name]) for name, r in means.items()}
     return Problem(part("pool", G), part("target", T), part("anchor", A), references)
 
 

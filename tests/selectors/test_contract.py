@@ -17,6 +17,7 @@ from gradsieve.selectors import SELECTORS
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Selection, Selector
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults that must keep the laws too
+    "orth-only": [{"space": "categories"}, {"normalize": "category"}, {"normalize": "example"}],
     "ogs": [
         {"constraint": "loss", "fidelity": "linear", "order": "random"},
         {"constraint": "risk", "epsilon": 0.05, "against": "both", "clusters": 2, "batch": 3},
@@ -35,6 +36,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
         {"form": "filter", "drop": 30.0},
         {"form": "filter", "draw": "diversity"},
         {"form": "filter", "draw": "utility", "against": "plain", "center": True},
+        {"against": "categories", "utility": "nearest", "neighbours": 2},
+        {"against": "both", "normalize": "category"},
     ],
 }
 QUICK: dict[str, dict[str, Any]] = {"ogs": {"updates": 1, "episodes": 2}}  # defaults that would only take time

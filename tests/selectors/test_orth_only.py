@@ -7,8 +7,8 @@ from gradsieve.selectors.orth_only import OrthOnly
 from gradsieve.types import ArrayGradients, Budget, Problem, Reference
 
 
-def select(problem, budget):
-    return OrthOnly().select(problem, Budget.parse(budget), torch.Generator())
+def select(problem, budget, **fields):
+    return OrthOnly(**fields).select(problem, Budget.parse(budget), torch.Generator())
 
 
 def test_the_most_orthogonal_come_first_whatever_the_sign_and_ties_by_id():
@@ -31,7 +31,7 @@ def test_it_is_the_naive_rule(make_problem):
 
 def test_a_noisy_anchor_is_noted(make_problem):
     problem = make_problem(10)
-    noisy = replace(problem, references={"anchor": Reference(1.0, 3, 0.1), "target": Reference(1.0, 3, 0.1)})
+    noisy = replace(problem, references={"anchor": Reference(1.0, 300, 0.1), "target": Reference(1.0, 300, 0.1)})
     assert select(problem, 2).notes == ()
     (note,) = select(noisy, 2).notes
     assert "'anchor' is unreliable" in note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -23,20 +23,25 @@ class MeanGradient:
         count: Examples summed (of the first set, for a difference).
         noise: Mean per-example variance over count: the squared length that sampling alone gives the mean.
         dtype: The model's own precision, that of the products with this direction.
+        sketched: Whether the examples' sketches are kept.
+        sketches: float32 [b, d] per batch, in the order of adding.
+        squares: float64 [b] per batch, every example's squared norm, likewise.
     """
 
     tensors: dict[str, Tensor]
     count: int = 0
     noise: float = 0.0
     dtype: torch.dtype = torch.float32
-    _squares: float = 0.0
+    sketched: bool = False
+    sketches: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, tuple[int, int]], like: Tensor) -> Self:
+    def zeros(cls, shapes: Mapping[str, tuple[int, int]], like: Tensor, *, sketched: bool = False) -> Self:
         """Returns an empty sum, float32 (float64 for a float64 model)."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
-        return cls(zeros, dtype=like.dtype)
+        return cls(zeros, dtype=like.dtype, sketched=sketched)
 
     def add_product(self, name: str, b: Tensor, a: Tensor, part: slice = slice(None)) -> None:
         """Adds Σ_n b_n a_nᵀ to some rows of a tensor; b is [N, d_out], a [N, d_in]. Half precision is added up in float32."""
@@ -58,7 +63,7 @@ class MeanGradient:
                 "a reference set must have finite gradients only; drop the examples with infinite or NaN loss"
             )
         self.count += len(squares)
-        self._squares += float(squares.sum())
+        self.squares.append(squares)
 
     def finish(self) -> Self:
         """Divides the sums by the count, once."""
@@ -66,7 +71,8 @@ class MeanGradient:
             raise InvalidArgument(f"a reference set must hold at least 2 usable examples, got {self.count}; add some")
         for tensor in self.tensors.values():
             tensor /= self.count
-        variance = (self._squares / self.count - self.squared_norm()) * self.count / (self.count - 1)
+        squares = sum(float(part.sum()) for part in self.squares)
+        variance = (squares / self.count - self.squared_norm()) * self.count / (self.count - 1)
         self.noise = variance / self.count
         return self
 
@@ -74,10 +80,23 @@ class MeanGradient:
         """Returns ‖r‖²."""
         return float(sum(squared_norm(tensor[None]).sum() for tensor in self.tensors.values()))
 
-    def minus(self, other: MeanGradient) -> MeanGradient:
-        """Returns the contrast self - other (OGS-10), emptying `other` to bound the memory; its noise is the sum of both."""
+    def minus(self, other: MeanGradient, pairs: tuple[Tensor, Tensor] | None = None) -> MeanGradient:
+        """Returns the contrast D = self - other (OGS-10), emptying `other` to bound the memory.
+
+        Its noise is that of paired differences d_i = g_i - g'_i where `pairs` is given, (mean ‖d_i‖² - ‖D‖²)/(m - 1), with
+        ‖d_i‖² estimated without bias by ‖S d_i‖²: a right and a wrong answer to one prompt share most of their gradient, and
+        what they share is no noise of their difference. Without pairs it is the sum of both noises.
+
+        Args:
+            other: The mean of the corrupted copies.
+            pairs: float32 [m, d] twice, the sketches of the examples and, in the same order, of their copies.
+        """
         tensors = {name: other.tensors.pop(name).neg_().add_(tensor) for name, tensor in self.tensors.items()}
-        return MeanGradient(tensors, self.count, self.noise + other.noise, self.dtype)
+        contrast = MeanGradient(tensors, self.count, self.noise + other.noise, self.dtype)
+        if pairs is not None:
+            squares = (pairs[0] - pairs[1]).double().square().sum(1).mean()
+            contrast.noise = (float(squares) - contrast.squared_norm()) / (self.count - 1)
+        return contrast
 
     def facts(self) -> Reference:
         """Returns norm, count and signal share."""
@@ -140,14 +159,31 @@ class References:
     @classmethod
     def of_units(cls, units: Mapping[str, UnitDirection]) -> References:
         """Returns the stack of unit directions, emptying them parameter by parameter."""
-        tensors = {}
+        tensors, gram = {}, torch.zeros(len(units), len(units), dtype=torch.float64)
         for key in list(next(iter(units.values())).tensors) if units else ():
             tensors[key] = torch.stack([unit.tensors.pop(key) for unit in units.values()])
-        return cls(tuple(units), tensors, {name: unit.fact for name, unit in units.items()})
+            gram += _products(tensors[key].flatten(1))
+        length = gram.diagonal().sqrt()  # 1 but for the rounding of the directions
+        cosines = (gram / torch.outer(length, length)).tolist()
+        names = tuple(units)
+        facts = {
+            name: replace(units[name].fact, cosines=dict(zip(names, row, strict=True)))
+            for name, row in zip(names, cosines, strict=True)
+        }
+        return cls(names, tensors, facts)
 
     def of(self, key: str) -> Tensor:
         """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without references."""
         return self.tensors[key] if self.names else torch.empty(0, 0, 0)
+
+
+def _products(rows: Tensor) -> Tensor:
+    """Returns the products of rows [r, n] with each other, float64 [r, r]; converted in parts to bound the memory."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(1 << 20, dim=1):
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        total += (wide @ wide.T).double().cpu()
+    return total
 
 
 def _product_dtype(model: torch.dtype) -> torch.dtype:

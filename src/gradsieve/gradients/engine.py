@@ -120,15 +120,22 @@ class GradientEngine:
         """
         return self._run(Accumulator(self._tools, batch)).sums.block()
 
-    def mean_gradient(self, batches: Iterable[Batch]) -> MeanGradient:
+    def mean_gradient(self, batches: Iterable[Batch], *, sketched: bool = False) -> MeanGradient:
         """Returns the mean gradient over all examples of the batches (OGS-1), and what its reliability needs.
 
         It is the mean of plain gradients whatever the direction: LESS compares Γ of the pool with g of the target.
+
+        Args:
+            batches: The examples; a batch's `scale` weights them.
+            sketched: Whether to keep every example's sketch too, for the variance of paired differences.
         """
-        mean = MeanGradient.zeros({self._tools.key(site): site.shape for site in self.sites}, self.head.module.weight)
+        shapes = {self._tools.key(site): site.shape for site in self.sites}
+        mean = MeanGradient.zeros(shapes, self.head.module.weight, sketched=sketched)
         for batch in batches:
             sums = self._run(Accumulator(self._tools, batch, mean)).sums
             mean.add_norms(sums.groups[""].squares, sums.counts)
+            if sketched:
+                mean.sketches.append(sums.sketch())
         return mean.finish()
 
     def _run(self, state: Accumulator) -> Accumulator:
@@ -137,7 +144,7 @@ class GradientEngine:
         try:
             with torch.enable_grad(), set_checkpoint_early_stop(False):  # else a block's last layers would not run again
                 hidden: Tensor = self.model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
-            supervised = Supervised.of(batch.labels, self.settings.reduction, self.head.dtype)
+            supervised = Supervised.of(batch.labels, self.settings.reduction, self.head.dtype, batch.scale)
             picked = hidden.detach()[supervised.example, supervised.position]
             gradient = state.head(picked, supervised)
             if hidden.requires_grad:

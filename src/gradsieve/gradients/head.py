@@ -31,7 +31,7 @@ class Supervised:
         example: int64 [N], ascending.
         position: int64 [N], where the hidden state that predicts stands.
         target: int64 [N], the token it must predict.
-        weight: [N], the factor of this position's loss: 1/T_z, or 1.
+        weight: [N], the factor of this position's loss: 1/T_z, or 1, times the example's scale.
         spans: Per example its (first, last + 1) in the N positions.
     """
 
@@ -42,12 +42,14 @@ class Supervised:
     spans: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, labels: Tensor, reduction: str, dtype: torch.dtype) -> Supervised:
-        """Returns the positions that labels [B, T] (unshifted) supervise."""
+    def of(cls, labels: Tensor, reduction: str, dtype: torch.dtype, scale: Tensor | None = None) -> Supervised:
+        """Returns the positions that labels [B, T] (unshifted) supervise; `scale` [B] multiplies each example's weights."""
         shifted = labels[:, 1:]
         example, position = (shifted != IGNORE).nonzero(as_tuple=True)
         counts = torch.bincount(example, minlength=len(labels))
         weight = (1.0 / counts.to(dtype))[example] if reduction == "mean" else torch.ones_like(example, dtype=dtype)
+        if scale is not None:
+            weight = weight * scale.to(dtype)[example]
         ends = counts.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         return cls(example, position, shifted[example, position], weight, list(zip(starts, ends, strict=True)))

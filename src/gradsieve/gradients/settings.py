@@ -50,10 +50,12 @@ class Batch:
     Attributes:
         input_ids: int64 [B, T].
         labels: int64 [B, T], -100 where there is no loss; unshifted, as transformers has them.
+        scale: float [B], a factor on each example's gradient; None for 1.
     """
 
     input_ids: Tensor
     labels: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

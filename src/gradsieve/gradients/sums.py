@@ -27,7 +27,7 @@ EVERY = slice(None)
 
 
 class Sums:
-    """The sums of one batch of B examples. With `mean` given, gradients are added up over examples instead of sketched.
+    """The sums of one batch of B examples. With `mean`, gradients are added up over examples, and sketched if it says so.
 
     Attributes:
         groups: Statistics per group: "" is φ, then `embedding`, `lm_head`, then single parameters.
@@ -42,6 +42,7 @@ class Sums:
         self.references = References() if mean is not None else tools.references
         self.adam = tools.adam if mean is None else None
         self.norm = tools.settings.norms or tools.moments or mean is not None
+        self.sketched = mean is None or mean.sketched
         self.extremes = tools.extremes and mean is None
         self.moments = tools.moments and mean is None
         self.groups = {"": Statistics(batch, sum(site.parameter.numel() for site in tools.sites), tools.device)}
@@ -54,6 +55,10 @@ class Sums:
         self._loss = torch.zeros(batch, dtype=torch.float64, device=tools.device)
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def sketch(self) -> Tensor:
+        """Returns the finished sketches, float32 [B, d]."""
+        return self.tools.fold(self._cells)
+
     def block(self) -> Block:
         """Returns the finished sketches and columns."""
         columns = {"loss": self._loss, "completion_tokens": self.counts}
@@ -65,7 +70,7 @@ class Sums:
             elif group:
                 columns |= statistics.columns(EXTREMES if self.extremes else MOMENTS, group)
         columns |= {f"dot/{name}": self._dots[:, i] for i, name in enumerate(self.references.names)}
-        return Block(self.tools.fold(self._cells), columns)
+        return Block(self.sketch(), columns)
 
     def way(self, site: Site, length: int, sharers: int) -> layers.Way:
         """Returns how a linear layer's quantities are taken from inputs of this length."""
@@ -77,7 +82,7 @@ class Sums:
             d_out,
             d_in,
             sharers,
-            side=self.tools.settings.sketch.side if self.mean is None else 0,
+            side=self.tools.settings.sketch.side if self.sketched else 0,
             norm=self.norm,
             extremes=self.extremes,
             references=len(self.references.names),
@@ -123,7 +128,7 @@ class Sums:
         if self.mean is not None:
             assert a is not None
             self.mean.add_product(site.name, b.flatten(0, 1), a.flatten(0, 1), part)
-        elif not way.sketch_products:
+        if self.sketched and not way.sketch_products:
             left = b @ self.tools.projection(f"{site.name}/out", site.shape[0], b.dtype)[part]
             self._cells[rows] += torch.bmm(left.mT, self._project(reading, a))
         if self.moments and self.adam is None:
@@ -190,7 +195,7 @@ class Sums:
                     group.extend(smallest, largest, mine)
             if len(references):
                 self._dots[mine] += layers.dots(G, references[:, columns].to(G.dtype))
-            if way.sketch_products and self.mean is None:
+            if way.sketch_products and self.sketched:
                 left = tools.projection(f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
                 self._cells[mine] += layers.sketch_of(G, left, tools.projection(f"{reader}/in", a.shape[2], G.dtype))
 
@@ -202,10 +207,10 @@ class Sums:
             G = self.adam.of(name, G)
         if self.mean is not None:
             self.mean.tensors[name] += G.sum(0)
-        elif site.shape[1] > 1:
+        if self.sketched and site.shape[1] > 1:
             left = tools.projection(f"{name}/out", site.shape[0], G.dtype)
             self._cells += layers.sketch_of(G, left, tools.projection(f"{name}/in", site.shape[1], G.dtype))
-        else:
+        elif self.sketched:
             cell, sign = tools.buckets(name, site.shape[0])
             self._cells.view(len(G), -1).index_add_(1, cell, G[:, :, 0] * sign)
         if self.references.names:
@@ -222,7 +227,7 @@ class Sums:
         b, ids = b.to(tools.dtype), ids.expand(len(b), -1)
         if chosen is not None and self.mean is not None:
             self.mean.tensors[tools.key(site)].index_add_(0, ids.flatten(), b.flatten(0, 1))
-        elif chosen is not None:
+        if chosen is not None and self.sketched:
             key = tools.key(site)
             left = tools.projection(f"{key}/out", site.shape[0], b.dtype)[ids]
             self._cells.baddbmm_(left.mT, b @ tools.projection(f"{key}/in", b.shape[2], b.dtype))
@@ -275,6 +280,7 @@ class Sums:
         tools, key = self.tools, self.tools.key(site)
         if self.mean is not None:
             self.mean.add_product(key, error, h)
+        if not self.sketched:
             return
         left = error @ tools.projection(f"{key}/out", error.shape[1], error.dtype)
         right = h @ tools.projection(f"{key}/in", h.shape[1], h.dtype)

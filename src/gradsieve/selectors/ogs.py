@@ -13,6 +13,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.clusters import cluster
 from gradsieve.selectors.directions import Directions
 from gradsieve.selectors.ogs_account import cluster_notes, policy_notes, trace
+from gradsieve.selectors.ogs_anchor import Normalize
 from gradsieve.selectors.ogs_draws import Draws, arrange, threshold_scores
 from gradsieve.selectors.ogs_policy import PPO, train
 from gradsieve.selectors.ogs_simulator import Simulator, Surface, total, unit_sums
@@ -58,7 +59,10 @@ class OGS:
         epsilon: The bound, above 0. By default 0.1 nats for "kl", 0.01 for "loss", the pool's median risk for "risk".
         fidelity: "quadratic" lets gains saturate and small conflicts add up; "linear" has no curvature, and then a
             threshold rule is optimal. "kl" is all curvature and needs "quadratic".
-        against: References behind the risk, as in ogs-static: "plain" (the mean of the anchor), "contrast", "both".
+        against: References behind the risk, as in ogs-static: "plain" (the mean of the anchor), "contrast", "both",
+            "categories".
+        normalize: How the mean of "plain" is taken, as in ogs-static: "none", "example", "category". The simulator's anchor
+            loss is the plain one.
         order: Which rows a cluster gives first. "score": those of largest utility - λ·cost, to first order in the cost
             where the most useful examples of the pool would lead, with the λ that keeps the pool's best within `epsilon`;
             "random".
@@ -79,6 +83,7 @@ class OGS:
     epsilon: float | None = None
     fidelity: Fidelity = "quadratic"
     against: Against = "plain"
+    normalize: Normalize = "none"
     order: Order = "score"
     batch: int | None = None
     step: float | None = None
@@ -98,6 +103,7 @@ class OGS:
         check_choice("fidelity", self.fidelity, Fidelity)
         check_choice("against", self.against, Against)
         check_choice("order", self.order, Order)
+        OGSStatic(against=self.against, normalize=self.normalize)  # refuses what does not go together
         for name in ("clusters", "general_clusters", "batch", "updates", "episodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -114,7 +120,8 @@ class OGS:
     @property
     def needs(self) -> frozenset[str]:
         """Sketches of pool, target and anchor, and the norm, loss and exact products of the pool."""
-        return OGSStatic(against=self.against).needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"}
+        rule = OGSStatic(against=self.against, normalize=self.normalize)
+        return rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"}
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which the greedy policy draws them; scores are those of `order`.
@@ -185,7 +192,7 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     pool, by_id = problem.candidates, id_order(problem.candidates.ids)
     utility, keep = cosines(pool, "target"), cosines(pool, "anchor")
     notes = zero_note(pool, utility.isnan(), "ogs")
-    rule = OGSStatic(against=ogs.against).select(problem, budget, rng)
+    rule = OGSStatic(against=ogs.against, normalize=ogs.normalize).select(problem, budget, rng)
     risk = torch.tensor(rule.trace["risk"], dtype=torch.float64)
     epsilon = _epsilon(ogs, risk)
     notes += [f"ogs-static, for comparison: {note}" for note in rule.notes if note not in notes]

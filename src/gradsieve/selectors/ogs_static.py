@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.directions import Directions, marginal_relevance, unit_rows
+from gradsieve.selectors.ogs_anchor import Normalize, anchor_column, anchor_cosine, anchor_notes, categories
 from gradsieve.selectors.ranking import (
     Stratify,
     best_first,
@@ -27,7 +28,8 @@ from gradsieve.selectors.ranking import (
 from gradsieve.selectors.reading import check_choice, cosines, matching, reference_notes, require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
-Against = Literal["contrast", "plain", "both"]
+Against = Literal["contrast", "plain", "both", "categories"]
+Utility = Literal["mean", "nearest"]
 Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
@@ -54,7 +56,13 @@ class OGSStatic:
         against: What stands for the abilities to keep. "contrast": every mean difference between right and wrong copies of the
             same examples that was measured (of anchor categories, and of the target if there is one), which cancels format and
             topic; "plain": the mean gradient of all anchor examples, to which nearly every chat example has a positive cosine;
-            "both".
+            "both"; "categories": the mean gradient of each category by itself, so that the worst conflict counts (Eq. OGS-4).
+        normalize: How the mean of "plain" and "both" is taken: "none"; "example": of unit gradients, so that no long gradient
+            rules; "category": of the categories' unit means, so that no large category does (Eq. OGS-1).
+        utility: "mean": the exact cosine to the target's mean gradient; "nearest": the mean cosine to the `neighbours` targets
+            nearest in direction, after the pool's mean direction was taken out of both sides; it sees topics that the mean
+            of a mixed target averages away, and reads sketches.
+        neighbours: Targets that count with utility "nearest", at least 1; all of them where there are fewer.
         form: "top" takes the best by utility minus λ times risk; "filter" drops the riskiest and draws from the rest.
         bound: With form "top", how risky the chosen may be on average, in percent of `bound_of`, from 0 to 100.
         bound_of: "percentile": the mean risk of the chosen must not exceed the `bound`-th percentile of the pool's risks;
@@ -73,6 +81,9 @@ class OGSStatic:
     """
 
     against: Against = "contrast"
+    normalize: Normalize = "none"
+    utility: Utility = "mean"
+    neighbours: int = 5
     form: Form = "top"
     bound: float = 50.0
     bound_of: BoundOf = "percentile"
@@ -87,11 +98,13 @@ class OGSStatic:
         "agreement of an example's gradient with the target, held against its conflict with general abilities"
     )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
-    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd)"
+    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest O(nmd)"
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
 
     def __post_init__(self) -> None:
         check_choice("against", self.against, Against)
+        check_choice("normalize", self.normalize, Normalize)
+        check_choice("utility", self.utility, Utility)
         check_choice("form", self.form, Form)
         check_choice("bound_of", self.bound_of, BoundOf)
         check_choice("draw", self.draw, Draw)
@@ -100,6 +113,14 @@ class OGSStatic:
             raise InvalidArgument(f"bound must lie in [0, 100] percent, got {self.bound}")
         if not 0 <= self.drop < 100:
             raise InvalidArgument(f"drop must lie in [0, 100) percent, got {self.drop}; 0 keeps the whole pool")
+        if self.neighbours < 1:
+            raise InvalidArgument(f"neighbours must be at least 1, got {self.neighbours}")
+        if self.normalize != "none" and self.against not in ("plain", "both"):
+            raise InvalidArgument(
+                f"normalize must be none with against {self.against}, got {self.normalize}; use against plain"
+            )
+        if self.center and self.utility == "nearest":
+            raise InvalidArgument("center must be off with utility nearest, which takes the pool's mean direction out itself")
         if self.stratify == "length" and self.form == "filter" and self.draw == "diversity":
             raise InvalidArgument("stratify must be none with draw diversity, got length; draw at random or by utility")
 
@@ -107,12 +128,16 @@ class OGSStatic:
     def needs(self) -> frozenset[str]:
         """The norm and the products behind utility and risk; sketches to centre or to draw by diversity."""
         names = {"norm"}
-        if self._ranks_by_utility:
+        if self._ranks_by_utility and self.utility == "nearest":
+            names |= {"sketch", "targets"}
+        elif self._ranks_by_utility:
             names |= {"dot/target"} | ({"sketch"} if self.center else set())
-        if self.against != "plain":
+        if self.against in ("contrast", "both"):
             names.add("dot/contrast/anchor:*")
-        if self.against != "contrast":
-            names.add("dot/anchor")
+        if self.against in ("plain", "both"):
+            names.add(anchor_column(self.normalize))
+        if self.against == "categories":
+            names.add("dot/anchor:*")
         if self.form == "filter" and self.draw == "diversity":
             names.add("sketch")
         if self.stratify == "length":
@@ -138,14 +163,18 @@ class OGSStatic:
         zero = zero if directions is None else zero | directions.zero
         notes = zero_note(pool, zero, "ogs-static")
 
-        risk = torch.stack([(-cosines(pool, name)).clamp(min=0) for name in references]).amax(0)
+        conflicts = [-cosines(pool, name) for name in references]
+        if self.against in ("plain", "both"):
+            conflicts.append(-anchor_cosine(problem, self.normalize))
+            references = [*references, *_behind(pool, self.normalize)]
+        risk = torch.stack([conflict.clamp(min=0) for conflict in conflicts]).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
-            utility = cosines(pool, "target").where(~zero, torch.nan)
-            scores["utility"] = _centred(utility, directions) if self.center and directions is not None else utility
-            references = ["target", *references]
+            scores["utility"] = self._utility(problem, directions).where(~zero, torch.nan)
+            references = ["target", *references] if self.utility == "mean" else references
         correlation, length_notes = length_check(scores, pool)
-        notes += reference_notes(problem, references) + _zero_risk_note(scores["risk"], self.against) + length_notes
+        notes += reference_notes(problem, references) + anchor_notes(problem, references)
+        notes += _zero_risk_note(scores["risk"], self.against) + length_notes
 
         if self.form == "top":
             chosen = self._top(scores, pool, budget)
@@ -158,10 +187,18 @@ class OGSStatic:
         return Selection(chosen.rows, chosen.weights, chosen.scores, trace, (*notes, *chosen.notes))
 
     def _risk_references(self, pool: Gradients) -> list[str]:
-        names = ["anchor"] if self.against != "contrast" else []
-        if self.against != "plain":
-            names += [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
-        return names
+        """The references that count one by one; the anchor's mean is not among them."""
+        if self.against == "categories":
+            return categories(pool)
+        if self.against == "plain":
+            return []
+        return [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
+
+    def _utility(self, problem: Problem, directions: Directions | None) -> Tensor:
+        if self.utility == "nearest" and directions is not None and problem.targets is not None:
+            return nearest_targets(directions, problem.targets, self.neighbours)
+        utility = cosines(problem.candidates, "target")
+        return _centred(utility, directions) if self.center and directions is not None else utility
 
     def _strata(self, pool: Gradients, by_id: Tensor) -> Tensor:
         if self.stratify == "length":
@@ -202,7 +239,7 @@ class OGSStatic:
             ]
         if penalty > 0:
             return []
-        cures = ["--against contrast", "--form filter"] if self.against == "plain" else ["--form filter"]
+        cures = ["--form filter"] if self.against in ("contrast", "both") else ["--against contrast", "--form filter"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
             f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
@@ -358,10 +395,46 @@ def _centred(utility: Tensor, directions: Directions) -> Tensor:
     return ((utility - shared * target) / own.sqrt()).where((1 - shared.square() > 1e-6) | utility.isnan(), 0.0)
 
 
+def nearest_targets(directions: Directions, targets: Gradients, neighbours: int) -> Tensor:
+    """Returns the mean of each row's largest cosines to the targets, after centring: float64 [n]; O(nmd).
+
+    With μ the pool's mean unit row, cos(u - μ, v - μ) for every unit target v; the mean of the `neighbours` largest. A row that
+    is μ itself has no direction of its own and gets 0.
+
+    Args:
+        directions: Unit sketches of the pool.
+        targets: m of them.
+        neighbours: How many count, at least 1.
+
+    Raises:
+        InvalidArgument: No target has a direction of its own.
+    """
+    mean = directions.mean
+    V = unit_rows(targets.rows(torch.arange(len(targets.ids)))) - mean
+    V = unit_rows(V[V.square().sum(1) > 1e-12])
+    if not len(V):
+        raise InvalidArgument("utility nearest needs a target that differs from the pool's mean direction, got none")
+    k = min(neighbours, len(V))
+    shift, length = V @ mean, float(mean.square().sum())
+    utility = torch.zeros(len(directions.zero), dtype=torch.float64)
+    for rows, U in directions.blocks():
+        own = (U.square().sum(1) - 2 * (U @ mean) + length).clamp(min=0)
+        similar = (U @ V.T - shift).topk(k, dim=1).values.mean(1)
+        utility[rows] = torch.where(own > 1e-6, similar / own.where(own > 1e-6, 1.0).sqrt(), 0.0)
+    return utility
+
+
+def _behind(pool: Gradients, normalize: Normalize) -> list[str]:
+    """The references that the anchor's mean is made of."""
+    return categories(pool) if normalize == "category" else [anchor_column(normalize).removeprefix("dot/")]
+
+
 def _zero_risk_note(risk: Tensor, against: str) -> list[str]:
     known = risk[~risk.isnan()]
     share = int((known == 0).sum()) / len(known)
     if not share > 0.9:
         return []
-    cure = "give wrong copies that fail in other ways (--corrupted FILE)" if against != "plain" else "use --against contrast"
+    cure = "use --against contrast"
+    if against in ("contrast", "both"):
+        cure = "give wrong copies that fail in other ways (--corrupted FILE)"
     return [f"risk is zero for {share:.0%} of the candidates, so it tells few of them apart; {cure}"]

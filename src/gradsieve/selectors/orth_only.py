@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.ogs_anchor import Normalize, anchor_column, anchor_cosine, anchor_notes, categories, subspace_orth
 from gradsieve.selectors.ranking import best_first, id_order, length_check, pay
-from gradsieve.selectors.reading import cosines, reference_notes, require, zero_note
+from gradsieve.selectors.reading import check_choice, reference_notes, require, zero_note
 from gradsieve.types import Budget, Problem, Selection
+
+Space = Literal["mean", "categories"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,17 @@ class OrthOnly:
     Examples with a zero gradient have no direction; they get no score, are not picked, and a note says so.
 
     Attributes:
-        (none): The method has no hyper-parameters.
+        space: What to be orthogonal to. "mean": the anchor's mean gradient (Eq. OGS-2); "categories": the subspace that the
+            unit mean gradients of its categories span (Eq. OGS-4).
+        normalize: With space "mean", how the mean is taken: of gradients as they are ("none"), of unit gradients ("example"),
+            of the categories' unit means ("category") (Eq. OGS-1).
+        energy: With space "categories", the share of the category means' squared length that the subspace must hold, above 0,
+            at most 1.
     """
+
+    space: Space = "mean"
+    normalize: Normalize = "none"
+    energy: float = 0.9
 
     title: ClassVar[str] = "Orth only"
     picks_by: ClassVar[str] = "how nearly orthogonal an example's gradient is to that of the anchor"
@@ -33,19 +46,33 @@ class OrthOnly:
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "ablation of OGS, arXiv:2602.06359"
 
+    def __post_init__(self) -> None:
+        check_choice("space", self.space, Space)
+        check_choice("normalize", self.normalize, Normalize)
+        if not 0 < self.energy <= 1:
+            raise InvalidArgument(f"energy must lie in (0, 1], got {self.energy}")
+        if self.space == "categories" and self.normalize != "none":
+            raise InvalidArgument(f"normalize must be none with space categories, got {self.normalize}; use space mean")
+
     @property
     def needs(self) -> frozenset[str]:
-        """The norm and the product with the mean anchor gradient."""
-        return frozenset({"norm", "dot/anchor"})
+        """The norm and the products with the anchor's mean gradient, or with those of its categories."""
+        return frozenset({"norm", "dot/anchor:*" if self.space == "categories" else anchor_column(self.normalize)})
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the most orthogonal examples first; O(n log n). `rng` is not used."""
         require(problem, self.needs, "orth-only", budget)
         pool = problem.candidates
-        orth = 1 - cosines(pool, "anchor").abs()
-        notes = zero_note(pool, orth.isnan(), "orth-only") + reference_notes(problem, ["anchor"])
+        by_category = self.space == "categories" or self.normalize == "category"
+        references = categories(pool) if by_category else [anchor_column(self.normalize).removeprefix("dot/")]
+        if self.space == "categories":
+            orth, rank = subspace_orth(problem, self.energy)
+        else:
+            orth, rank = 1 - anchor_cosine(problem, self.normalize).abs(), 1
+        notes = zero_note(pool, orth.isnan(), "orth-only")
+        notes += reference_notes(problem, references) + anchor_notes(problem, references)
         rows, shortfall = pay(best_first(orth, id_order(pool.ids)), pool, budget)
         correlation, length_notes = length_check({"orth": orth}, pool)
-        trace = {"orth": orth.tolist(), "length_correlation": correlation}
+        trace = {"orth": orth.tolist(), "rank": rank, "length_correlation": correlation}
         weights = torch.ones(len(rows), dtype=torch.float64)
         return Selection(rows, weights, orth, trace, tuple(notes + length_notes + shortfall))

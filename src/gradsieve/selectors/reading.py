@@ -22,6 +22,7 @@ _FLAGS = {
     "dot/target": ("--target (examples of the ability you want)", "pass a JSONL"),
     "anchors": ("--anchor (general examples it must not forget)", _ANCHOR),
     "dot/anchor": ("--anchor (general examples it must not forget)", _ANCHOR),
+    "dot/unit/anchor": ("--anchor (general examples it must not forget)", _ANCHOR),
     "dot/anchor:*": ("--anchor with categories (general examples it must not forget)", _ANCHOR),
     "dot/contrast/anchor:*": ("--anchor with wrong copies (general examples it must not forget)", _CONTRAST),
     "dot/contrast/target": ("--target with wrong copies (examples of the ability you want)", _CONTRAST),
