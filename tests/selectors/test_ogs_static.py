@@ -361,7 +361,7 @@ def test_a_broken_contrast_that_is_only_read_if_there_is_refused(make_problem):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"against": "math"}, "against must be one of contrast, plain, both, got 'math'"),
+        ({"against": "math"}, "against must be one of contrast, plain, both, categories, got 'math'"),
         ({"form": "best"}, "form must be one of top, filter, got 'best'"),
         ({"bound_of": "max"}, "bound_of must be one of percentile, mean, got 'max'"),
         ({"draw": "all"}, "draw must be one of random, diversity, utility, got 'all'"),
