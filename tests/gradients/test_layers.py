@@ -65,7 +65,9 @@ def test_short_sequences_and_wide_layers_go_by_gram_matrices_and_others_by_produ
 
     assert not products(64)
     assert products(600)
-    assert products(64, extremes=True)
+    assert not products(128, extremes=True)
+    assert products(600, extremes=True)
+    assert products(128, extremes=True, references=1)
     assert not products(64, norm=False)
     assert not products(600, norm=False, side=0)
     assert not products(16, references=1)
@@ -77,7 +79,7 @@ def test_short_sequences_and_wide_layers_go_by_gram_matrices_and_others_by_produ
 def test_thin_layers_are_sketched_from_their_products() -> None:
     assert layers.choose_way(128, 16, 576, 1, **WANTS) == layers.Way(True, True)
     assert layers.choose_way(128, 576, 16, 1, **WANTS) == layers.Way(True, True)
-    assert layers.choose_way(128, 576, 576, 1, **(WANTS | {"extremes": True})) == layers.Way(True, False)
+    assert layers.choose_way(400, 1536, 576, 1, **(WANTS | {"extremes": True})) == layers.Way(True, False)
 
 
 def test_rows_of_an_embedding_add_up_over_equal_tokens() -> None:

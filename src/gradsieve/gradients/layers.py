@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gradsieve.gradients.statistics import Statistics
 
-TILE_FLOATS = 1 << 19  # a product of this many numbers stays in a core's second-level cache
+TILE_FLOATS = 1 << 20  # a product of this many numbers stays in a core's second-level cache, or nearly so
 PRODUCT_FLOATS = 1 << 23  # the products of one layer are made for as many examples at once as stay below this
+EXTREMES_SHARE = 0.3  # of all multiplications, what finding the largest and smallest entry was measured to take
+EXTREMES_CALLS = 4e6  # multiplications in the time that the calls for it take per example
 
 Memory = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Gives reused memory of a shape, valid until the next call."""
@@ -48,7 +50,7 @@ def choose_way(
         sharers: Layers that read this input, and split the work on it.
         side: k of the k x k sketch, 0 for none.
         norm: Whether ‖G_z‖ is wanted.
-        extremes: Whether the largest and smallest entries are wanted: there is no way around G_z then.
+        extremes: Whether the largest and smallest entries are wanted; otherwise a part of G_z gives them.
         references: Directions to multiply with.
         half: Whether the products run in half precision. To write and read one entry of G_z was measured to cost as much as
             about 30 multiplications in float32 and 400 in bfloat16, whose multiplications are so much faster.
@@ -58,27 +60,31 @@ def choose_way(
     sketch_of_products = side * (entries + side * min(d_out, d_in))
     products = (length + (400 if half else 30)) * entries + min(sketch, sketch_of_products)
     around = length**2 * (d_out + d_in / sharers) * norm + references * length * entries + sketch
-    needed = norm or references > 0 or side > 0
-    chosen = extremes or (needed and products < around)
+    around += (EXTREMES_SHARE * length * entries + EXTREMES_CALLS) * extremes
+    needed = norm or extremes or references > 0 or side > 0
+    chosen = needed and products < around
     return Way(chosen, chosen and sketch_of_products < sketch)
 
 
 def product_tiles(a: Tensor, b: Tensor, memory: Memory) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields (examples, output rows, their part of G [b, rows, d_in]), each valid until the next.
 
-    In float32 a tile stays in the cache while everything is taken from it. Half precision gains nothing from tiles: its
-    multiplications are too fast for that.
+    On a processor a tile stays in the cache while everything is taken from it; one product of one example's is faster there
+    than a batch of smaller ones.
     """
     B, d_out, d_in = len(a), b.shape[2], a.shape[2]
-    most = TILE_FLOATS if a.dtype.itemsize >= 4 and a.device.type == "cpu" else PRODUCT_FLOATS
-    together = max(1, min(B, most // (min(d_out, 64) * d_in)))
+    most = TILE_FLOATS if a.device.type == "cpu" else PRODUCT_FLOATS
+    together = max(1, min(B, most // (d_out * d_in)))
     rows = min(d_out, max(64, most // (together * d_in) // 16 * 16))
     for first in range(0, B, together):
         examples = slice(first, min(first + together, B))
         for begin in range(0, d_out, rows):
             part = slice(begin, min(begin + rows, d_out))
             G = memory((examples.stop - first, part.stop - begin, d_in), a.dtype)
-            torch.bmm(b[examples, :, part].mT, a[examples], out=G)
+            if together == 1:
+                torch.mm(b[first, :, part].T, a[first], out=G[0])
+            else:
+                torch.bmm(b[examples, :, part].mT, a[examples], out=G)
             yield examples, part, G
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsieve.errors import ModelError
+from gradsieve.gradients.extremes import Ranked
 from gradsieve.gradients.parameters import Site
 
 
@@ -27,6 +28,7 @@ class Reading:
         projected: a P [B, T, k], once made.
         gram: a aᵀ [B, T, T], once made.
         sums: Σ over d_in of a, [B, T], once made.
+        ranked: a by the norms of its columns, once made.
     """
 
     def __init__(self, tensor: Tensor, name: str) -> None:
@@ -36,6 +38,7 @@ class Reading:
         self.projected: Tensor | None = None
         self.gram: Tensor | None = None
         self.sums: Tensor | None = None
+        self.ranked: Ranked | None = None
         self._tensor: Tensor | None = tensor.detach()
         self._version = tensor._version
 

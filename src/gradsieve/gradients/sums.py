@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsieve.gradients import layers, vocabulary
 from gradsieve.gradients.directions import MeanGradient, References
+from gradsieve.gradients.extremes import Ranked, smallest_and_largest
 from gradsieve.gradients.head import Errors, Supervised
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.readings import Reading
@@ -146,6 +147,10 @@ class Sums:
         if self.references.names:
             assert a is not None
             self._dots[rows] += layers.dots_around(a, b, self.references.of(site.name)[:, part])
+        if self.extremes:
+            smallest, largest = smallest_and_largest(self._rank(reading, a), Ranked.of(b))
+            for group in groups:
+                group.extend(smallest, largest, rows)
 
     def _project(self, reading: Reading, a: Tensor | None) -> Tensor:
         if reading.projected is None:
@@ -164,6 +169,12 @@ class Sums:
             assert a is not None
             reading.sums = a.sum(2)
         return reading.sums
+
+    def _rank(self, reading: Reading, a: Tensor | None) -> Ranked:
+        if reading.ranked is None:
+            assert a is not None
+            reading.ranked = Ranked.of(a)
+        return reading.ranked
 
     def _add_products(
         self,
