@@ -9,7 +9,7 @@ The LM head is ours: logits exist only at supervised positions, in chunks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import experts, modules
 from gradsieve.gradients.accumulator import Accumulator
 from gradsieve.gradients.adam import Moments
+from gradsieve.gradients.adapters import Adapter
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.head import Head, Supervised
 from gradsieve.gradients.parameters import Site, choose_parameters, is_fused, unwrap
@@ -83,6 +84,8 @@ class GradientEngine:
             watched: dict[nn.Module, list[Site]] = {}
             for site in self._watched_sites():
                 watched.setdefault(site.owner, []).append(site)
+            for module, adapter in self._adapters(watched):
+                self._replace_forward(module, self._adapter_forward(adapter, watched.pop(adapter.up)))
             for module, sites in watched.items():
                 if module is not self.head.module:
                     self._watch(module, sites)
@@ -210,6 +213,15 @@ class GradientEngine:
         else:
             self._hooks.append(module.register_forward_hook(self._linear_hook(sites)))
 
+    def _adapters(self, watched: Mapping[nn.Module, list[Site]]) -> list[tuple[nn.Module, Adapter]]:
+        """Returns the LoRA layers of which both matrices are watched, and nothing else."""
+        found = ((module, Adapter.of(module)) for module in self.model.modules())
+        return [
+            (module, adapter)
+            for module, adapter in found
+            if adapter is not None and adapter.base not in watched and adapter.down in watched and adapter.up in watched
+        ]
+
     def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._forwards.append((module, module.__dict__.get("forward")))
         module.forward = forward
@@ -277,6 +289,13 @@ class GradientEngine:
                 f"parameter {sites[0].name} must belong to a layer gradsieve has a rule for, got {type(module).__name__}, "
                 "which mixes examples; leave it out with --params re:PATTERN or --params linear"
             )
+
+    def _adapter_forward(self, adapter: Adapter, sites: list[Site]) -> Callable[..., Any]:
+        def forward(x: Tensor) -> Tensor:
+            scaled = adapter.down(x) * adapter.scaling
+            return self._watched(adapter.output(x, scaled), self._seen(adapter.up, sites, scaled))
+
+        return forward
 
     def _embedding_forward(self, module: nn.Embedding, sites: list[Site]) -> Callable[..., Any]:
         original = module.forward
