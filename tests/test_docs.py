@@ -17,6 +17,7 @@ import pytest
 from gradsieve.cli import COMMANDS, run
 from gradsieve.demo_run import Demo
 from gradsieve.errors import InvalidArgument
+from gradsieve.export import Export
 from gradsieve.outputs import Replay
 from gradsieve.pipeline import Job, find_method, method_class, select
 from gradsieve.selectors import SELECTORS
@@ -150,7 +151,12 @@ def allowed_flags(words: list[str]) -> set[str]:
         else:
             own = flags_of(method_class(method))  # an error that names the method, where there is none
         return flags_of(Job) | own | {"--out", "--config", "--help"}
-    known = {"demo": flags_of(Demo), "extract": flags_of(Job) | {"--config"}, "replay": flags_of(Replay)}
+    known = {
+        "demo": flags_of(Demo),
+        "extract": flags_of(Job) | {"--config"},
+        "replay": flags_of(Replay),
+        "export": flags_of(Export),
+    }
     return known.get(command, set()) | {"--help"}
 
 
