@@ -4,7 +4,20 @@ Losses, answer-bearing tokens, KL to the base model, multiple choice, generated 
 """
 
 from gradsieve.evaluate.generation import Generated
+from gradsieve.evaluate.harness import TaskResult, harness
 from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, measure
 from gradsieve.evaluate.sets import Options, Suite, TestSet
 
-__all__ = ["CHOICES", "LOSSES", "TEXTS", "Generated", "Metric", "Options", "Suite", "TestSet", "measure"]
+__all__ = [
+    "CHOICES",
+    "LOSSES",
+    "TEXTS",
+    "Generated",
+    "Metric",
+    "Options",
+    "Suite",
+    "TaskResult",
+    "TestSet",
+    "harness",
+    "measure",
+]

@@ -1,0 +1,158 @@
+"""Any task of lm-evaluation-harness on a model in memory, adapters included.
+
+A task is a name out of lm-eval's own collection or out of a folder of YAML files. With `dataset_path: json` and local
+`data_files`, nothing is fetched; stock tasks fetch their data the first time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradsieve.errors import DataError, InvalidArgument, MissingExtra
+from gradsieve.evaluate.likelihood import evaluating
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """What one task, or a group of tasks, gave.
+
+    Attributes:
+        scores: lm-eval's own aggregates by `metric,filter`. Errors are left to intervals over `items`.
+        items: Per metric its value for each document, float64 [documents] in the order of the documents' numbers; only
+            metrics that are one number per document, none for a group; by `metric,filter` where there are several filters.
+        version: The task's version.
+        fewshot: How many solved examples stood in each prompt.
+    """
+
+    scores: Mapping[str, float]
+    items: Mapping[str, Tensor]
+    version: str
+    fewshot: int
+
+
+def harness(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    seed: int = 1234,
+) -> dict[str, TaskResult]:
+    """Returns the results of lm-eval's tasks by task, groups and their members included.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one; left as it was.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks, groups or tags.
+        include_path: A folder of task YAML files; they take precedence over lm-eval's own.
+        limit: Documents per task, from the first.
+        fewshot: Solved examples in each prompt; None is the task's own number.
+        chat: Whether prompts go through the tokenizer's chat template.
+        batch_size: Prompts per forward pass.
+        seed: Of the solved examples' choice and of anything drawn; the process's own random state comes back.
+
+    Raises:
+        InvalidArgument: A task is unknown, or `limit` is below 1.
+        DataError: A task's data are neither local nor within reach.
+        MissingExtra: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
+    if limit is not None and limit < 1:
+        raise InvalidArgument(f"limit must be at least 1 document, got {limit}")
+    manager = _task_manager(tasks, include_path)
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with evaluating(model), _own_random_state():
+        try:
+            found = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=fewshot,
+                apply_chat_template=chat,
+                fewshot_random_seed=seed,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                bootstrap_iters=0,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(f"{', '.join(tasks)}: the data must be local or within reach, got: {reason}") from error
+    return {name: _result(found, name) for name in found["results"]}
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Gives the process its random state back, which lm-eval seeds and draws from."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Returns lm-eval's index of tasks; its own thousands are only read if the folder lacks a task."""
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise InvalidArgument("tasks must name at least one task, got none")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InvalidArgument(f"include_path must be a folder of task YAML files, got {include_path}")
+    folder = str(include_path) if include_path is not None else None
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if manager is None or not {*tasks} <= {*manager.all_tasks}:
+        manager = TaskManager(include_path=folder, include_defaults=True)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            cure = f"did you mean {' or '.join(close)}?" if close else "give the folder of its YAML by include_path"
+            raise InvalidArgument(f"tasks must be known to lm-eval, got {task!r}; {cure}")
+    return manager
+
+
+def _result(found: Mapping[str, Any], name: str) -> TaskResult:
+    numbers = {key: float(value) for key, value in found["results"][name].items() if _is_number(value) and "," in key}
+    samples = sorted(found["samples"].get(name, []), key=lambda sample: sample["doc_id"])
+    version = str(found["versions"].get(name, ""))
+    return TaskResult(numbers, _items(samples), version, int(found["n-shot"].get(name) or 0))
+
+
+def _items(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Returns the per-document values of a task's samples, one sample per document and filter."""
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    items = {}
+    for kind in filters:
+        rows = [sample for sample in samples if sample["filter"] == kind]
+        for metric in rows[0]["metrics"]:
+            values = [row.get(metric) for row in rows]
+            if all(_is_number(value) for value in values):
+                name = metric if len(filters) == 1 else f"{metric},{kind}"
+                items[name] = torch.tensor([float(value) for value in values], dtype=torch.float64)  # type: ignore[arg-type]
+    return items
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradsieve.errors import DataError, InvalidArgument, MissingExtra
+from gradsieve.evaluate import harness
+
+module: Any = importlib.import_module("gradsieve.evaluate.harness")
+OPTIONS = ("red", "blue", "a dark green")
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+doc_to_text: "{{{{question}}}} Answer:"
+metadata: {{version: 1.0}}
+"""
+CHOICE = """output_type: multiple_choice
+doc_to_choice: options
+doc_to_target: gold
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+WRITE = """output_type: generate_until
+doc_to_target: word
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two tasks and their data."""
+    rows = [{"question": f"What is {i}?", "options": OPTIONS, "gold": i % 3, "word": "x"} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rest in (("colours", CHOICE), ("words", WRITE)):
+        text = TASK.format(name=name, data=tmp_path / "data.jsonl", cache=tmp_path / "cache") + rest
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def log_likelihood(model: Any, tokenizer: Any, context: str, option: str) -> float:
+    ids = tokenizer(context + option, add_special_tokens=False)["input_ids"]
+    count = len(tokenizer(option, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+    return sum(float(log_p[t - 1, ids[t]]) for t in range(len(ids) - count, len(ids)))
+
+
+def test_a_local_task_on_an_adapted_model_is_solved_by_hand(folder: Path, tiny: Any, adapted: Any, tokenizer: Any) -> None:
+    model = adapted(tiny())
+    found = harness(model, tokenizer, ["colours"], include_path=folder)["colours"]
+    acc, acc_norm = [], []
+    for i in range(6):
+        scores = [log_likelihood(model, tokenizer, f"What is {i}? Answer:", f" {option}") for option in OPTIONS]
+        acc.append(float(np.argmax(scores) == i % 3))
+        acc_norm.append(float(np.argmax([s / len(o) for s, o in zip(scores, OPTIONS, strict=True)]) == i % 3))
+    assert found.items["acc"].tolist() == acc
+    assert found.items["acc_norm"].tolist() == acc_norm
+    assert found.scores["acc,none"] == pytest.approx(np.mean(acc))
+    assert (found.version, found.fewshot) == ("1.0", 0)
+
+
+def test_a_generating_task_is_held_to_its_text(folder: Path, tiny: Any, tokenizer: Any) -> None:
+    model = tiny()
+    with torch.no_grad():  # says "x" and nothing else
+        model.lm_head.weight.zero_()
+        bias = torch.zeros(259)
+        bias[tokenizer.convert_tokens_to_ids("x")] = 5.0
+        model.lm_head.bias = torch.nn.Parameter(bias)
+    data = folder / "data.jsonl"
+    data.write_text(data.read_text().replace('"word": "x"', '"word": "xxxx"', 2))
+    found = harness(model, tokenizer, ["words"], include_path=folder, limit=4)["words"]
+    assert found.items["exact_match"].tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_model_and_the_random_state_are_left_as_they_were(folder: Path, tiny: Any, tokenizer: Any) -> None:
+    model = tiny().train()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
+    found = harness(model, tokenizer, ["colours", "words"], include_path=str(folder), limit=2)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
+    assert before == after
+    assert model.training
+    assert {name: len(result.items) for name, result in found.items()} == {"colours": 2, "words": 1}
+    assert len(found["colours"].items["acc"]) == 2
+
+
+def test_prompts_may_go_through_the_chat_template(folder: Path, tiny: Any, tokenizer: Any) -> None:
+    model = tiny()
+    found = harness(model, tokenizer, ["colours"], include_path=folder, chat=True)["colours"]
+    acc = []
+    for i in range(6):
+        turns = [{"role": "user", "content": f"What is {i}? Answer:"}]
+        context = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        acc.append(float(np.argmax([log_likelihood(model, tokenizer, context, option) for option in OPTIONS]) == i % 3))
+    assert found.items["acc"].tolist() == acc
+
+
+def test_what_cannot_be_run_is_refused(folder: Path, tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*tasks: str, **fields: Any) -> None:
+        harness(tiny(), tokenizer, tasks, **{"include_path": folder, **fields})
+
+    own = folder / "own"  # a small collection in place of lm-eval's thousands, which take ten seconds to read
+    own.mkdir()
+    (own / "stock.yaml").write_text((folder / "colours.yaml").read_text().replace("colours", "stock"))
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(own / "manager.py"))
+    run("colours", "stock", limit=1)
+    with pytest.raises(InvalidArgument, match="tasks must be known to lm-eval, got 'colors'; did you mean"):
+        run("colors")
+    with pytest.raises(InvalidArgument, match="at least one task"):
+        run()
+    with pytest.raises(InvalidArgument, match="limit must be at least 1"):
+        run("colours", limit=0)
+    with pytest.raises(InvalidArgument, match="include_path must be a folder"):
+        run("colours", include_path=folder / "none")
+    (folder / "data.jsonl").unlink()
+    with pytest.raises(DataError, match="colours: the data must be local or within reach"):
+        run("colours")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'gradsieve\[eval\]'"):
+        run("colours")
