@@ -32,8 +32,10 @@ ALLOWED = {
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "compare": BASE
     | {"clock", "data", "demo", "models", "extraction", "selectors", "pipeline", "outputs", "report", "train", "evaluate"},
+    "transfer": BASE | {"atomic", "clock", "data", "demo", "models", "pipeline", "selectors"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},
-    "cli": BASE | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "compare", "demo_run"},
+    "cli": BASE
+    | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "compare", "demo_run", "transfer"},
     "__init__": BASE | {"pipeline", "selectors"},
 }
 

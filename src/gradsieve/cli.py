@@ -19,6 +19,7 @@ USAGE = """gradsieve chooses the fine-tuning examples that teach a language mode
   gradsieve report RUN                write a run's report again, without a model
   gradsieve compare CONFIG.yaml|demo  train on what each method chooses, measure, and report with intervals
   gradsieve replay RUN/run.json       do a run again and compare
+  gradsieve transfer …                may a smaller model choose for a larger one? --navigator A --model B
 
 `gradsieve COMMAND --help` lists a command's options. Documentation: docs/ in the repository."""
 
@@ -200,6 +201,22 @@ def _replay(arguments: list[str]) -> int:
     return 0
 
 
+def _transfer(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.transfer import Transfer, transfer
+
+    settings = tyro.cli(Transfer, prog="gradsieve transfer", args=_with_config(arguments), config=_tyro_config())
+    with _terminal() as terminal:
+        verdict = transfer(settings, terminal.progress)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    (low, high), count = verdict.interval, len(verdict.ids)
+    print(f"rank correlation of cos(g, anchor): {verdict.rho:.2f} [{low:.2f}, {high:.2f}] over {count} examples")
+    print(f"look at {Path(settings.out) / 'transfer.svg'}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "select": _select,
@@ -210,6 +227,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "compare": _compare,
     "replay": _replay,
+    "transfer": _transfer,
 }
 
 

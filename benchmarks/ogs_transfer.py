@@ -1,0 +1,78 @@
+"""What the transfer gate says of models whose kinship is known: `python benchmarks/ogs_transfer.py [--examples 200]`.
+
+A model is compared with itself less some of its middle layers, and with a model of its form whose weights were never trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from gradsieve.models import find_model
+from gradsieve.transfer import Transfer, transfer
+
+
+def pruned(folder: Path, out: Path, drop: int) -> Path:
+    """Saves the model without `drop` of its middle layers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    layers = model.model.layers
+    first = (len(layers) - drop) // 2
+    kept = [layer for i, layer in enumerate(layers) if not first <= i < first + drop]
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[: len(kept)]
+    return saved(model, folder, out)
+
+
+def untrained(folder: Path, out: Path) -> Path:
+    """Saves a model of the same form with fresh weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return saved(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(torch.bfloat16), folder, out)
+
+
+def saved(model: torch.nn.Module, folder: Path, out: Path) -> Path:
+    model.save_pretrained(out)
+    for file in folder.iterdir():
+        if not (out / file.name).exists() and file.suffix != ".safetensors" and file.is_file():
+            shutil.copy(file, out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--drop", type=int, nargs="+", default=[3, 10])
+    parser.add_argument("--out", type=Path, default=Path("transfer-study"))
+    arguments = parser.parse_args()
+    folder = find_model(arguments.model).folder
+    assert folder is not None
+    navigators = {f"{drop} layers fewer": pruned(folder, arguments.out / f"less-{drop}", drop) for drop in arguments.drop}
+    navigators["never trained"] = untrained(folder, arguments.out / "untrained")
+    for name, path in navigators.items():
+        out = arguments.out / f"{path.name}-out"
+        if (arguments.out / "model").exists() and not (out / "model").exists():
+            shutil.copytree(arguments.out / "model", out / "model")  # the model's own gradients are the same each time
+        verdict = transfer(
+            Transfer(
+                str(path), arguments.model, ("demo",), ("demo",), arguments.examples, str(out), override=True, max_length=256
+            )
+        )
+        if not (arguments.out / "model").exists():
+            shutil.copytree(out / "model", arguments.out / "model")
+        low, high = verdict.interval
+        print(f"{name}: {verdict.rho:.3f} [{low:.3f}, {high:.3f}] {'REFUSED' if verdict.refused else ''}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
