@@ -112,6 +112,18 @@ def test_columns_of_unlike_size_leave_most_of_the_gradient_out(monkeypatch: pyte
     assert sum(entries) < 0.05 * 2 * 800 * 600
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("tail", [0.0, 1.0])
+def test_no_product_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, tail: float) -> None:
+    a, b, _ = drawn(2, 10, 70, 40, tail)
+    shapes = []
+    parts = extremes._parts
+    monkeypatch.setattr(extremes, "_parts", lambda *given: (shapes.append(part.shape) or part for part in parts(*given)))
+    smallest_and_largest(Ranked.of(a), Ranked.of(b))
+    assert shapes
+    assert all(rows == 1 or rows * width <= extremes.PIECE for rows, width in shapes)
+
+
 @given(count=st.integers(1, 5000))
 def test_bands_cover_a_staircase_once(count: int) -> None:
     edges = extremes._edges(count)

@@ -1,0 +1,54 @@
+"""The benchmark of extraction runs on any causal language model, and what it writes for machines has the promised shape."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "extract.py"
+
+
+def test_the_table_for_machines_has_every_row_and_exact_columns(tmp_path: Path) -> None:
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    arguments = [
+        "--model",
+        str(tmp_path / "model"),
+        "--shape",
+        "2x24",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "table.json"),
+    ]
+    run = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert {"rows", "machine", "versions"} <= set(report)
+    for row in report["rows"]:
+        assert {"name", "over_floor", "over_plain", "peak_mib", "max_rel_error"} <= set(row)
+        assert row["over_floor"] > 0
+        assert row["over_plain"] > 0
+        assert not math.isnan(row["peak_mib"])
+    errors = {row["name"]: row["max_rel_error"] for row in report["rows"]}
+    exact = [name for name, error in errors.items() if error is not None]
+    assert {"+ norm, 4 references", "+ max, min per layer", "sketch and norm of LoRA", "sketch and norm of last:4"} <= set(
+        exact
+    )
+    assert all(errors[name] < 1e-4 for name in exact)
+    assert {"2x24"} == set(report["ratios"])
