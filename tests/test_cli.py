@@ -14,6 +14,7 @@ from gradsieve import cli
 from gradsieve.selectors import SELECTORS
 
 Write = Callable[..., Path]
+AS_IT_IS = ("--warmup-share", "0")
 
 
 def flags(tiny_model: Path, write_data: Write, out: Path) -> list[str]:
@@ -34,7 +35,7 @@ def test_help_answers_within_half_a_second() -> None:
 def test_select_writes_the_folder_and_says_where(
     tiny_model: Path, write_data: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["select", "less", *flags(tiny_model, write_data, tmp_path / "o")]) == 0
+    assert cli.run(["select", "less", *AS_IT_IS, *flags(tiny_model, write_data, tmp_path / "o")]) == 0
     shown = capsys.readouterr().out
     assert "less chose 4 of 20 examples." in shown
     assert "pool: 20 examples, read as prompt-completion" in shown
@@ -49,7 +50,8 @@ def test_a_yaml_file_stands_for_flags_and_flags_win(tiny_model: Path, write_data
 
     pool, target = write_data("pool", 20), write_data("target", 5)
     job = {
-        "method": "less", "model": str(tiny_model), "pool": [str(pool)], "target": str(target), "budget": 4, "dim": 256,
+        "method": "less", "warmup_share": 0, "model": str(tiny_model), "pool": [str(pool)], "target": str(target),
+        "budget": 4, "dim": 256,
         "dtype": "float32", "out": str(tmp_path / "yaml"),
     }  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
@@ -108,7 +110,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_two(
 def test_store_verify_names_the_broken_shard_and_the_next_run_mends_it(
     tiny_model: Path, write_data: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["select", "less", *flags(tiny_model, write_data, tmp_path / "o")]
+    arguments = ["select", "less", *AS_IT_IS, *flags(tiny_model, write_data, tmp_path / "o")]
     store = tmp_path / "o" / "store"
     assert cli.run(arguments) == 0
     assert cli.run(["store", "verify", str(store)]) == 0
@@ -127,7 +129,7 @@ def test_store_verify_names_the_broken_shard_and_the_next_run_mends_it(
 def test_interrupting_leaves_a_state_to_go_on_from(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
     pool, target = write_data("pool", 400), write_data("target", 5)
     command = [
-        sys.executable, "-m", "gradsieve.cli", "select", "less", "--model", str(tiny_model), "--pool", str(pool),
+        sys.executable, "-m", "gradsieve.cli", "select", "less", *AS_IT_IS, "--model", str(tiny_model), "--pool", str(pool),
         "--target", str(target), "--dim", "256", "--dtype", "float32", "--unit-tokens", "300", "--out", str(tmp_path / "o"),
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -157,6 +159,6 @@ def test_a_full_disk_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert cli.run(["select", "less", *flags(tiny_model, write_data, tmp_path / "o")]) == 2
+    assert cli.run(["select", "less", *AS_IT_IS, *flags(tiny_model, write_data, tmp_path / "o")]) == 2
     shown = capsys.readouterr().err
     assert "No space left on device; free space or write to another disk" in shown

@@ -10,7 +10,7 @@ from gradsieve.selectors import SELECTORS
 
 @pytest.mark.demo
 def test_demo_is_accepted_wherever_a_model_or_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "job.yaml").write_text("model: demo\npool: demo:40\ntarget: demo:4\n")
+    (tmp_path / "job.yaml").write_text("model: demo\npool: demo:40\ntarget: demo:4\nwarmup_share: 0\n")
     assert (
         cli.run(["select", "less", "--config", str(tmp_path / "job.yaml"), "--budget", "10", "--out", str(tmp_path / "o")]) == 0
     )

@@ -26,7 +26,9 @@ ALLOWED = {
     "train": BASE | {"clock", "data", "gradients"},
     "models": BASE | {"demo"},
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},
-    "pipeline": BASE | {"clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
+    "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "extraction", "train"},
+    "pipeline": BASE
+    | {"warmup", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
     "export": BASE | {"data", "models"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},

@@ -17,6 +17,8 @@ from gradsieve.errors import GradsieveError, InvalidArgument, ModelError, StoreM
 from gradsieve.pipeline import extract
 
 METHODS = list(gs.SELECTORS)
+LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: test_warmup.py
+AS_IT_IS = {"less": {"warmup_share": 0.0}, "g2is": {"warmup_share": 0.0}, "grads": {"probe_epochs": 0}}
 Write = Callable[..., Path]
 SMALL = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
 
@@ -32,7 +34,9 @@ def data(write_data: Write) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_from_files_to_a_folder(method: str, data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
-    result = gs.select(method, model=str(tiny_model), **data, budget="25%", out=tmp_path / "out", **SMALL)
+    result = gs.select(
+        method, settings=AS_IT_IS.get(method), model=str(tiny_model), **data, budget="25%", out=tmp_path / "out", **SMALL
+    )
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} - {"store"} == {
         "selected.jsonl", "scores.parquet", "excluded.jsonl", "run.json", "report.html",
@@ -55,7 +59,7 @@ def test_every_method_runs_from_files_to_a_folder(method: str, data: dict[str, s
 def test_replay_gives_the_same_selection_and_notices_other_data(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     from gradsieve.outputs import replay
 
-    gs.select("less", model=str(tiny_model), pool=data["pool"], target=data["target"], out=tmp_path / "a", **SMALL)
+    gs.select(LESS, model=str(tiny_model), pool=data["pool"], target=data["target"], out=tmp_path / "a", **SMALL)
     again = replay(tmp_path / "a" / "run.json", tmp_path / "b")
     assert (tmp_path / "a" / "selected.jsonl").read_bytes() == (tmp_path / "b" / "selected.jsonl").read_bytes()
     assert len(again.examples) == 1
@@ -70,7 +74,7 @@ def test_every_example_is_scored_or_excluded_with_its_reason(write_data: Write, 
     pool.write_text(pool.read_text() + json.dumps(long) + "\n")
     target = str(write_data("target", 4))
     result = gs.select(
-        "less", model=str(tiny_model), pool=str(pool), target=target, budget="3", out=tmp_path / "o", max_length=300, **SMALL
+        LESS, model=str(tiny_model), pool=str(pool), target=target, budget="3", out=tmp_path / "o", max_length=300, **SMALL
     )
     excluded = [json.loads(line) for line in (tmp_path / "o" / "excluded.jsonl").read_text().splitlines()]
     assert [(row["id"], row["row"]) for row in excluded] == [("long", 12)]
@@ -85,7 +89,7 @@ def test_an_example_whose_gradient_is_not_finite_is_excluded(write_data: Write, 
     pool = write_data("pool", 8)
     pool.write_text(pool.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
     result = gs.select(
-        "less", model=model, tokenizer=tokenizer, pool=str(pool), target=str(write_data("target", 4)), budget="8",
+        LESS, model=model, tokenizer=tokenizer, pool=str(pool), target=str(write_data("target", 4)), budget="8",
         out=tmp_path / "o", dim=256,
     )  # fmt: skip
     assert [(e.id, "not finite" in e.reason) for e in result.excluded] == [("bad", True)]
@@ -109,7 +113,7 @@ def test_a_target_whose_gradient_is_not_finite_is_noted(write_data: Write, tiny_
     target = write_data("target", 4)
     target.write_text(target.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
     pool = str(write_data("pool", 8))
-    result = gs.select("less", model=model, tokenizer=tokenizer, pool=pool, target=str(target), budget="2", dim=256)
+    result = gs.select(LESS, model=model, tokenizer=tokenizer, pool=pool, target=str(target), budget="2", dim=256)
     assert "1 of the target's gradients are not finite and were left out" in result.notes
 
 
@@ -140,23 +144,36 @@ def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(
     shard = max((store / "pool" / "shards").iterdir())
     shard.unlink()
     with pytest.raises(StoreMismatch, match="must be finished with the references it was begun with"):
-        gs.select("grads", pool=data["pool"], **common)
+        gs.select(GRADS, pool=data["pool"], **common)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(Path(data["pool"]).read_text().splitlines(keepends=True)[:-1]))
     common["store"] = str(tmp_path / "plain")
-    gs.select("grads", pool=data["pool"], **common)
+    gs.select(GRADS, pool=data["pool"], **common)
     for part in (tmp_path / "plain" / "pool" / "shards").iterdir():
         part.unlink()
     with pytest.raises(gs.StoreError, match="must be finished with the examples it was begun with"):
-        gs.select("grads", pool=str(fewer), **common)
+        gs.select(GRADS, pool=str(fewer), **common)
+
+
+def test_the_categories_of_the_target_are_its_groups(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "grouped.jsonl"
+    rows = [json.loads(line) for line in Path(data["target"]).read_text().splitlines()]
+    named = [{**row, "category": ("skin", "heart")[i % 2]} for i, row in enumerate(rows[:4])]
+    target.write_text("".join(json.dumps(row) + "\n" for row in [*named, *rows[4:]]))
+    common = {"model": str(tiny_model), "pool": data["pool"], "budget": "6", **SMALL}
+    grouped = gs.select(LESS, target=str(target), **common)
+    served = grouped.selection.trace["chosen_per_group"]
+    assert set(served) == {"heart", "none", "skin"}
+    assert sum(served.values()) == 6
+    assert set(gs.select(LESS, target=data["target"], **common).selection.trace["chosen_per_group"]) == {"target"}
 
 
 def test_batch_size_and_order_do_not_change_the_scores(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("".join(reversed(Path(data["pool"]).read_text().splitlines(keepends=True))))
     common = {"model": str(tiny_model), "target": data["target"], "budget": "5", "dim": 256, "dtype": "float64"}
-    one = gs.select("less", pool=data["pool"], batch_tokens=10_000, **common)
-    two = gs.select("less", pool=str(shuffled), batch_tokens=1, unit_tokens=100, **common)
+    one = gs.select(LESS, pool=data["pool"], batch_tokens=10_000, **common)
+    two = gs.select(LESS, pool=str(shuffled), batch_tokens=1, unit_tokens=100, **common)
     scores = dict(zip(two.pool.ids, two.selection.scores.tolist(), strict=True))
     assert one.selection.scores.tolist() == pytest.approx([scores[id] for id in one.pool.ids], abs=1e-3)  # float16 storage
     assert [e.id for e in one.examples] == [e.id for e in two.examples]
@@ -172,7 +189,7 @@ def test_examples_in_memory_and_a_selector_object_work(tiny_model: Path) -> None
         )
         for i in range(8)
     ]
-    result = gs.select(gs.GrADS(), model=str(tiny_model), pool=pool, budget="3", **SMALL)
+    result = gs.select(GRADS, model=str(tiny_model), pool=pool, budget="3", **SMALL)
     assert [e.raw for e in result.examples] == [pool[int(e.id)].raw for e in result.examples]
 
 
@@ -218,11 +235,11 @@ def test_a_store_serves_methods_that_need_less_and_refuses_others(
     store = str(tmp_path / "store")
     gs.select("ogs-static", store=store, **common)
     before = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
-    gs.select("grads", store=store, **common)
-    gs.select("less", store=store, **common)
+    gs.select(GRADS, store=store, **common)
+    gs.select(LESS, store=store, **common)
     assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
     with pytest.raises(StoreMismatch, match=r"sketch\.dim 256 in the store, 1024 asked for"):
-        gs.select("grads", store=store, **(common | {"dim": 1024}))
+        gs.select(GRADS, store=store, **(common | {"dim": 1024}))
     with pytest.raises(StoreMismatch, match=r"references\.anchor absent in the store"):
         gs.select("orth-only", store=store, **common)
 
@@ -246,10 +263,10 @@ def test_what_is_left_out_or_cut_is_noted(data: dict[str, str], tiny_model: Path
     target = Path(data["target"])
     target.write_text(target.read_text() + json.dumps({"id": "long", "prompt": "x" * 400, "completion": "y"}) + "\n")
     common = {"model": str(tiny_model), "pool": data["pool"], "target": str(target), "budget": "5", **SMALL}
-    notes = gs.select("less", max_length=300, **common).notes
+    notes = gs.select(LESS, max_length=300, **common).notes
     assert any("1 of 7 examples of the target could not be used" in note and "300" in note for note in notes)
     assert not any("cut" in note for note in notes)
-    cut = gs.select("less", max_length=100, **common)
+    cut = gs.select(LESS, max_length=100, **common)
     count = sum(tokens.truncated for tokens in cut.sets["pool"].tokens)
     assert count > 0
     assert any(f"{count} of 24 examples of the pool are longer than 100 tokens and were cut" in note for note in cut.notes)
@@ -259,9 +276,9 @@ def test_examples_in_memory_need_unique_ids(tiny_model: Path) -> None:
     turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     twice = [gs.Example("x", turns, b"{}", "memory:1"), gs.Example("x", turns, b"{}", "memory:2")]
     with pytest.raises(InvalidArgument, match=r"pool must have unique ids, got 'x' at memory:1 and memory:2"):
-        gs.select("grads", model=str(tiny_model), pool=twice, budget="1", **SMALL)
+        gs.select(GRADS, model=str(tiny_model), pool=twice, budget="1", **SMALL)
     with pytest.raises(InvalidArgument, match="pool must be files or examples, not both"):
-        gs.select("grads", model=str(tiny_model), pool=[twice[0], "pool.jsonl"], budget="1", **SMALL)
+        gs.select(GRADS, model=str(tiny_model), pool=[twice[0], "pool.jsonl"], budget="1", **SMALL)
 
 
 def test_replay_works_from_another_folder(
@@ -273,7 +290,7 @@ def test_replay_works_from_another_folder(
     (tmp_path / "template.jinja").write_text((tiny_model / "chat_template.jinja").read_text())
     template = os.path.relpath(tmp_path / "template.jinja")
     common = {"pool": data["pool"], "target": data["target"], "budget": "3", "chat_template": template, **SMALL}
-    gs.select("less", model=tiny_model.name, out=tmp_path / "a", **common)
+    gs.select(LESS, model=tiny_model.name, out=tmp_path / "a", **common)
     monkeypatch.chdir(tmp_path)
     assert len(replay(tmp_path / "a" / "run.json", tmp_path / "b").examples) == 3
 
@@ -287,7 +304,7 @@ def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp
     )
     shards = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
     for method in METHODS:
-        gs.select(method, model=str(tiny_model), **data, budget="5", store=store, **SMALL)
+        gs.select(method, settings=AS_IT_IS.get(method), model=str(tiny_model), **data, budget="5", store=store, **SMALL)
     assert {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")} == shards
 
 
@@ -308,7 +325,8 @@ def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Pa
 def test_a_killed_run_ends_with_the_bytes_of_a_whole_one(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
     data = {"pool": str(write_data("pool", 150)), "target": str(write_data("target", 10))}
     command = [
-        sys.executable, "-m", "gradsieve.cli", "select", "less", "--model", str(tiny_model), "--pool", data["pool"],
+        sys.executable, "-m", "gradsieve.cli", "select", "less", "--warmup-share", "0", "--model", str(tiny_model),
+        "--pool", data["pool"],
         "--target", data["target"], "--budget", "10%", "--dim", "256", "--dtype", "float32", "--unit-tokens", "500",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -417,4 +435,4 @@ def test_models_without_tokenizer_template_or_safe_weights_are_refused(
     cut = copy("cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50])
     with pytest.raises(ModelError, match="could not be loaded"):
-        gs.select("grads", model=str(cut), pool=data["pool"], budget="5", **SMALL)
+        gs.select(GRADS, model=str(cut), pool=data["pool"], budget="5", **SMALL)

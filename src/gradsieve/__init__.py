@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from gradsieve.types import Reference as Reference
     from gradsieve.types import Selection as Selection
     from gradsieve.types import Selector as Selector
+    from gradsieve.types import Warmup as Warmup
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _HOME = {
     ),
     "gradsieve.types": (
         "ArrayGradients", "Budget", "Example", "Gradients", "Problem", "Reference", "Selection", "Selector",
+        "Warmup",
     ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

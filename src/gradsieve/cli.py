@@ -310,10 +310,10 @@ def _with_config(arguments: list[str]) -> list[str]:
 
 
 def _store_folders(folder: Path) -> list[Path]:
-    """A store itself, or the stores of pool, target and anchor in it."""
+    """A store itself, or the stores of pool, target and anchor in it, after warm-ups too."""
     if (folder / "store.json").exists():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob("*/store.json"))
+    inside = sorted(path.parent for path in folder.rglob("store.json"))
     return inside or [folder]
 
 

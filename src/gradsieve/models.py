@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +32,7 @@ class ModelSource:
         tokenizer: Its tokenizer.
         weights: Hash of its weights and configuration, 32 hex digits.
         live: The model object, where the user gave one.
+        adapters: Folder of LoRA adapters to put on it, made by a warm-up.
     """
 
     name: str
@@ -36,6 +40,30 @@ class ModelSource:
     tokenizer: Any
     weights: str
     live: torch.nn.Module | None = None
+    adapters: Path | None = None
+
+    @contextmanager
+    def opened(self, dtype: torch.dtype, device: str) -> Iterator[torch.nn.Module]:
+        """Gives the model, with its adapters if it has any, and takes these off a model object again."""
+        model = self.load(dtype, device)
+        if self.adapters is None:
+            yield model
+            return
+        from peft import PeftModel
+
+        if not (self.adapters / "adapter_config.json").exists():
+            raise ModelError(
+                f"{self.adapters} must hold the adapters of a warm-up, got none; remove the folder above it, run again"
+            )
+        with warnings.catch_warnings():  # transformers renames what peft still calls by its old name
+            warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+            adapted = PeftModel.from_pretrained(model, str(self.adapters), autocast_adapter_dtype=False).to(dtype).eval()
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+            if hasattr(model, "peft_config"):
+                del model.peft_config
 
     def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """Returns the model, in eval mode.
@@ -56,6 +84,15 @@ class ModelSource:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{self.name} could not be loaded as a causal language model: {_first_line(error)}") from error
         return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def hash_weights(folder: Path) -> str:
+    """Returns a hash of the safetensors files in a folder, 32 hex digits."""
+    hasher = xxhash.xxh3_128()
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "moments.safetensors":
+            _hash_file(hasher, file)
+    return str(hasher.hexdigest())
 
 
 def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, trust_remote_code: bool = False) -> ModelSource:
@@ -184,11 +221,15 @@ def _hash_files(folder: Path, name: str) -> str:
     if not configs:
         raise ModelError(f"model {name} must have a config.json, got a folder without one; save it with model.save_pretrained")
     for file in [*configs, *files]:
-        hasher.update(f"{file.name} {os.path.getsize(file)}\n".encode())
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                hasher.update(chunk)
+        _hash_file(hasher, file)
     return hasher.hexdigest() + (_hash_files(base, str(base)) if base is not None else "")
+
+
+def _hash_file(hasher: Any, file: Path) -> None:
+    hasher.update(f"{file.name} {os.path.getsize(file)}\n".encode())
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            hasher.update(chunk)
 
 
 def _hash_state(model: torch.nn.Module) -> str:

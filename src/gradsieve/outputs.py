@@ -274,7 +274,7 @@ def _from_anywhere(key: str, value: Any) -> Any:
     """A field of the job with its paths made absolute, so that the run can be replayed from another folder."""
     if key == "corrupted":
         return [_absolute(file) for file in value]
-    is_path = (key == "chat_template" and value is not None) or (key == "model" and Path(value).is_dir())
+    is_path = (key in ("chat_template", "warmup_recipe") and value is not None) or (key == "model" and Path(value).is_dir())
     return _absolute(value) if is_path else value
 
 

@@ -7,6 +7,7 @@ import importlib
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +34,13 @@ from gradsieve.extraction import (
     reusable,
     write_facts,
 )
-from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype
 from gradsieve.selectors import SELECTORS
-from gradsieve.store import GradientStore
-from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector
+from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
+from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.warmup import Stop, require_training, stops_of
 
 Data = str | Path | Sequence[str | Path] | Sequence[Example]
 
@@ -57,7 +58,7 @@ class Job:
         corrupted: Files with your own wrong copies of anchor or target examples, under the same ids, for contrasts.
         corruption: How wrong copies are made where `corrupted` has none; auto decides per category.
         format: Shape of the examples: messages, prompt-completion, alpaca, sharegpt; auto looks.
-        category_field: Field of an anchor's example that names its ability.
+        category_field: Field that names the ability an example of anchor or target stands for.
         chat_template: File with a Jinja chat template to use in place of the model's own.
         max_length: Tokens per example; the rest is cut off at the end, as TRL does.
         params: Parameters the gradient is taken over: auto, linear, lora, last:N, lm-head, embedding, vectors, all,
@@ -71,6 +72,7 @@ class Job:
         seed: Seed of everything random.
         store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
             without one, a folder of the cache (`$GRADSIEVE_CACHE`, `~/.cache/gradsieve`).
+        warmup_recipe: YAML file with the recipe of a method's warm-up (batch, learning rate, rank, …); see `gradsieve.train`.
         trust_remote_code: Let the tokenizer run code that comes with it.
     """
 
@@ -94,6 +96,7 @@ class Job:
     unit_tokens: int = 8192
     seed: int = 0
     store: str | None = None
+    warmup_recipe: str | None = None
     trust_remote_code: bool = False
 
 
@@ -213,7 +216,8 @@ def select(
         anchor=names["anchor"],
     )
     name, selector = find_method(method, settings)
-    run = _Run(config, name, selector.needs, Path(out) if out is not None else None, progress)
+    warmup: Warmup | None = getattr(selector, "warmup", None)
+    run = _Run(config, name, selector.needs, Path(out) if out is not None else None, progress, warmup)
     problem = run.problem(data, model, tokenizer)
     with run.clock.stage("selection"):
         rng = torch.Generator().manual_seed(config.seed)
@@ -276,6 +280,7 @@ class _Run:
     needs: frozenset[str]
     out: Path | None
     progress: Progress
+    warmup: Warmup | None = None
     clock: Clock = field(default_factory=Clock)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, TokenSet] = field(default_factory=dict)
@@ -292,6 +297,8 @@ class _Run:
                 raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
             if self.out is not None:
                 _require_writable(self.out)
+            if self.warmup is not None:
+                require_training(self.name, self.warmup)
         with self.clock.stage("tokens"):
             self.source = source = self._find_model(model, tokenizer)
             device, dtype = self._where(source)
@@ -404,27 +411,60 @@ class _Run:
     def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
         references = self._reference_sources(source, compute, template)
         root = self._store_folder(manifest(source, compute, references).fingerprint)
+        stops, rates = [Stop("base", source, root, compute)], dict[str, float]()
+        if self.warmup is not None:
+            stops, rates, note = stops_of(
+                self.warmup,
+                source,
+                self.sets["pool"],
+                self.job.warmup_recipe,
+                self.job.seed,
+                compute,
+                root,
+                self.clock,
+                self.progress,
+            )
+            self.notes.append(note)
+        filled = {stop.name: self._filled(stop, references, alone=len(stops) == 1) for stop in stops}
+        views = {
+            role: self._view({name: stores[role] for name, (stores, _) in filled.items()}, self.sets[role], references)
+            for role in self._roles()
+        }
+        facts = filled[stops[-1].name][1]
+        shown = {name: fact for name, fact in facts.items() if name in references}
+        groups = self._target_groups()
+        return Problem(views["pool"], views.get("target"), views.get("anchor"), shown, rates=rates, groups=groups)
+
+    def _target_groups(self) -> list[str]:
+        """The abilities that the target's examples name, where there are at least two; those that name none are one more."""
+        target = self.sets.get("target")
+        named = {target.examples[i].category or "none" for i in target.kept} if target else set()
+        return sorted(named) if len(named) > 1 else []
+
+    def _roles(self) -> list[str]:
+        """The sets whose gradients are taken."""
+        return ["pool", *(role for role in ("target", "anchor") if f"{role}s" in self.needs)]
+
+    def _filled(
+        self, stop: Stop, references: Mapping[str, Source], *, alone: bool
+    ) -> tuple[dict[str, GradientStore], dict[str, Reference]]:
+        """Returns the stores of one checkpoint, once nothing is missing in them, and what is known about the references."""
         stores: dict[str, GradientStore] = {}
         pending = {}
-        needed = ["pool", *(role for role in ("target", "anchor") if f"{role}s" in self.needs)]
-        for role in needed:
-            wanted = manifest(source, compute, references if role == "pool" else {})
-            stores[role] = GradientStore(root / role, reusable(root / role, wanted))
-            pending[role] = stores[role].pending(plan(stores[role], self.sets[role], compute))
+        for role in self._roles():
+            folder = stop.root / role
+            stores[role] = GradientStore(folder, reusable(folder, stop.manifest(role, references)))
+            pending[role] = stores[role].pending(plan(stores[role], self.sets[role], stop.compute))
         facts = read_facts(stores["pool"])
         if any(pending.values()):
             extra = set(stores["pool"].manifest.settings["references"]) - set(references)
             if pending["pool"] and extra:
                 raise StoreMismatch(
-                    f"store {root / 'pool'} must be finished with the references it was begun with, got a run without "
+                    f"store {stop.root / 'pool'} must be finished with the references it was begun with, got a run without "
                     f"{', '.join(sorted(extra))}; run that method again first, or choose another --store"
                 )
-            with self.clock.stage("loading the model"):
-                model = source.load(compute.dtype, compute.device)
-            facts |= self._fill(model, compute, references, stores, pending)
-        views = {role: self._view(stores[role], self.sets[role], references) for role in needed}
-        shown = {name: fact for name, fact in facts.items() if name in references}
-        return Problem(views["pool"], views.get("target"), views.get("anchor"), shown)
+            facts |= self._fill(stop, references, stores, pending, "" if alone else f" ({stop.name})")
+        return stores, facts
 
     def _store_folder(self, fingerprint: str) -> Path:
         """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
@@ -434,24 +474,27 @@ class _Run:
 
     def _fill(
         self,
-        model: torch.nn.Module,
-        compute: ComputeSettings,
+        stop: Stop,
         references: Mapping[str, Source],
         stores: Mapping[str, GradientStore],
         pending: Mapping[str, Any],
+        where: str,
     ) -> Mapping[str, Reference]:
-        stacked = None
-        if pending["pool"] and references:
-            with self.clock.stage("references"):
-                stacked = measure_references(model, compute, references, self.progress)
-                write_facts(stores["pool"], stacked.facts)
-        for role, units in pending.items():
-            if units:
-                with (
-                    self.clock.stage(f"gradients of the {role}") as written,
-                    GradientEngine(model, compute.engine, stacked if role == "pool" else None) as engine,
-                ):
-                    written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress))
+        stacked, compute = None, stop.compute
+        with ExitStack() as stack:
+            with self.clock.stage(f"loading the model{where}"):
+                model = stack.enter_context(stop.source.opened(compute.dtype, compute.device))
+            if pending["pool"] and references:
+                with self.clock.stage(f"references{where}"):
+                    stacked = measure_references(model, compute, references, self.progress)
+                    write_facts(stores["pool"], stacked.facts)
+            for role, units in pending.items():
+                if units:
+                    with (
+                        self.clock.stage(f"gradients of the {role}{where}") as written,
+                        stop.engine(role, model, stacked) as engine,
+                    ):
+                        written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress))
         return stacked.facts if stacked else {}
 
     def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
@@ -503,22 +546,35 @@ class _Run:
             self.notes.append(note)
         return made
 
-    def _view(self, store: GradientStore, tokens: TokenSet, references: Collection[str]) -> Gradients:
-        """The finite rows of a store, with products of the references that were asked for: it may hold those of other runs."""
-        hidden = {f"dot/{name}" for name in store.manifest.settings["references"] if name not in references}
+    def _view(self, stores: Mapping[str, GradientStore], tokens: TokenSet, references: Collection[str]) -> Gradients:
+        """The rows that are finite at every checkpoint, with products of the references that were asked for.
+
+        A store may hold those of other runs too.
+        """
         extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
         extra |= self._metadata(tokens) if tokens.name == "pool" else {}
-        view = store.view(tokens.ids, tokens.keys, extra, hidden)
-        finite = torch.stack([column.isfinite() for column in view.columns.values()]).all(0)
+        if tokens.name == "target" and (groups := self._target_groups()):
+            own = [groups.index(tokens.examples[i].category or "none") for i in tokens.kept]
+            extra["group"] = torch.tensor(own, dtype=torch.float64)
+
+        def joined(ids: Sequence[str], keys: Sequence[bytes], own: Mapping[str, torch.Tensor]) -> Gradients:
+            views: dict[str, Gradients] = {}
+            for name, store in stores.items():
+                hidden = {f"dot/{name}" for name in store.manifest.settings["references"] if name not in references}
+                views[name] = store.view(ids, keys, own, hidden)
+            return next(iter(views.values())) if list(views) == ["base"] else CheckpointGradients(views)
+
+        whole = joined(tokens.ids, tokens.keys, extra)
+        finite = whole.finite if isinstance(whole, CheckpointGradients) else finite_rows(whole)
         if finite.all():
-            return view
+            return whole
         rows = finite.nonzero()[:, 0].tolist()
         if not rows:
             raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
         if tokens.name != "pool":  # the pool's are in excluded.jsonl
-            self.notes.append(f"{len(view.ids) - len(rows)} of the {tokens.name}'s gradients are not finite and were left out")
+            self.notes.append(f"{len(whole.ids) - len(rows)} of the {tokens.name}'s gradients are not finite and were left out")
         keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
-        return store.view(*keep, {name: column[finite] for name, column in extra.items()}, hidden)
+        return joined(*keep, {name: column[finite] for name, column in extra.items()})
 
 
 def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -> Gradients:

@@ -13,6 +13,7 @@ Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names 
     norm                 ‖g‖ over the chosen parameters
     norm/G max/G min/G mean/G sd/G
                          statistics of the gradient of parameter group G; G is `embedding` or `lm_head`
+    group                targets only: the number of the group (0, 1, …) that an example belongs to
     dot/R                <g, r/‖r‖>: the exact product with the UNIT vector of reference R, so that cos(g, r) = dot/R / norm
 
 Reference names R: `target`, `anchor` (all categories together), `unit/anchor` (the mean of unit gradients in place of
@@ -26,7 +27,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -193,6 +194,8 @@ class Problem:
         anchors: Gradients of general examples that must not be forgotten.
         references: Facts about the references behind the candidates' `dot/…` columns, by the name after the slash.
         navigator: A live model, for OGS only.
+        rates: Learning rate of each checkpoint of the gradients, by name, where a warm-up made them.
+        groups: Names of the targets' groups, in the order of the numbers in their `group` column.
     """
 
     candidates: Gradients
@@ -200,6 +203,8 @@ class Problem:
     anchors: Gradients | None = None
     references: Mapping[str, Reference] = field(default_factory=dict)
     navigator: Navigator | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    groups: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +301,34 @@ class Selection:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """How the model is fine-tuned on the pool before its gradients are taken; its weights serve for these alone.
+
+    Attributes:
+        share: Share of the usable pool that it is trained on, drawn at random, in (0, 1].
+        epochs: Passes over that part, at least 1.
+        tuning: What is trained: "lora", adapters on all linear layers, or "full", all weights.
+        checkpoints: Where gradients are taken: "last", after the last pass, or "all", after every pass.
+        candidates: What is taken of the candidates: "plain" gradients; "adam", Adam's direction with the moments of the
+            warm-up; "less", the same as the authors' code of LESS has it. Of targets and anchors always plain gradients.
+        without: The flag that does without a warm-up, for messages.
+    """
+
+    share: float
+    epochs: int
+    tuning: Literal["lora", "full"] = "lora"
+    checkpoints: Literal["last", "all"] = "last"
+    candidates: Literal["plain", "adam", "less"] = "plain"
+    without: str = "--warmup-share 0"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InvalidArgument(f"share of a warm-up must lie in (0, 1], got {self.share}")
+        if self.epochs < 1:
+            raise InvalidArgument(f"epochs of a warm-up must be at least 1, got {self.epochs}")
+
+
 @runtime_checkable
 class Selector(Protocol):
     """A method: a frozen dataclass whose fields are its hyper-parameters, flags and YAML keys.
@@ -303,6 +336,8 @@ class Selector(Protocol):
     `needs` names what it reads, so that exactly that is extracted: columns (`norm`, `dot/target`, `max/lm_head`, …),
     `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `navigator`. `dot/contrast/anchor:*` and
     `dot/anchor:*` stand for one column per category of the anchor.
+
+    A method whose gradients are taken after a warm-up of the model has a property `warmup` besides, a `Warmup` or None.
     """
 
     @property

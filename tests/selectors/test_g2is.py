@@ -17,7 +17,7 @@ from gradsieve.selectors.g2is import G2IS, core_knowledge, largest_remainder
 from gradsieve.selectors.g2is_walk import walk
 from gradsieve.selectors.graph import follow
 from gradsieve.selectors.ranking import id_order
-from gradsieve.types import ArrayGradients, Budget, Problem
+from gradsieve.types import ArrayGradients, Budget, Problem, Warmup
 
 
 def run(method, problem, budget, seed=0):
@@ -326,6 +326,13 @@ def test_the_graph_is_exact_below_a_size_and_faiss_above(make_problem, monkeypat
     monkeypatch.setattr("gradsieve.selectors.graph.FAISS_FROM", 10)
     assert run(G2IS(neighbours=5), problem, 30).trace["graph"] == "faiss"
     assert run(G2IS(neighbours=0), problem, 30).trace["graph"] == "exact, of the visited candidates"
+
+
+def test_its_warm_up_ends_in_adam_s_direction_and_may_be_left_out():
+    assert G2IS().warmup == Warmup(0.05, 4, candidates="adam")
+    assert G2IS(warmup_share=0.0).warmup is None
+    with pytest.raises(InvalidArgument, match=r"warmup_share must lie in \[0, 1\], got -0.1; 0 is no warm-up"):
+        G2IS(warmup_share=-0.1)
 
 
 def test_picks_less_like_the_target_than_the_pool_are_noted():

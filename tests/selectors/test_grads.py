@@ -8,7 +8,7 @@ import torch
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.grads import STATISTICS, GrADS
-from gradsieve.types import ArrayGradients, Budget, Problem
+from gradsieve.types import ArrayGradients, Budget, Problem, Warmup
 
 
 def select(problem, budget="25%", seed=0, **settings):
@@ -185,3 +185,13 @@ def test_settings_are_checked():
         GrADS(score_weight=0.0, diversity_weight=0.0, novelty_weight=0.0)
     with pytest.raises(InvalidArgument, match="bins must be at least 2"):
         GrADS(bins=1)
+    with pytest.raises(InvalidArgument, match="probe must be one of lora, full, got 'qlora'"):
+        GrADS(probe="qlora")
+    with pytest.raises(InvalidArgument, match="probe_epochs must be at least 0, got -1; 0 is no probe"):
+        GrADS(probe_epochs=-1)
+
+
+def test_its_warm_up_is_one_epoch_of_the_whole_pool_unless_it_is_left_out():
+    assert GrADS().warmup == Warmup(1.0, 1, "lora", without="--probe-epochs 0")
+    assert GrADS(probe_epochs=2, probe="full").warmup == Warmup(1.0, 2, "full", without="--probe-epochs 0")
+    assert GrADS(probe_epochs=0).warmup is None

@@ -5,7 +5,7 @@ import torch
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.less import LESS
-from gradsieve.types import ArrayGradients, Budget, Problem
+from gradsieve.types import ArrayGradients, Budget, Problem, Warmup
 
 
 def select(problem, budget="25%", **settings):
@@ -65,6 +65,35 @@ def test_rates_weigh_the_checkpoints():
     assert select(problem, 1).scores.tolist() == [0.5, 0.5]
     assert select(problem, 1, rates=(1.0, 3.0)).scores.tolist() == [0.25, 0.75]
     assert select(problem, 1, rates=(1.0, 3.0)).trace["shares"] == [0.25, 0.75]
+
+
+def test_groups_have_the_names_of_the_problem(make_problem):
+    problem = replace(grouped(make_problem(20), [1, 1, 0, 2, 2, 2]), groups=("bones", "heart", "skin"))
+    assert set(select(problem).trace["chosen_per_group"]) == {"bones", "heart", "skin"}
+    with pytest.raises(InvalidArgument, match=r"must lie in \[0, 2\) \(Problem.groups\), got \[0, 1, 2\]"):
+        select(replace(problem, groups=("bones", "heart")))
+
+
+def test_rates_are_those_of_the_warm_up_unless_they_are_given(make_problem):
+    problem = replace(make_problem(20, checkpoints=2), rates={"base": 3e-4, "epoch1": 1e-4})
+    assert select(problem).trace["shares"] == pytest.approx([0.75, 0.25])
+    assert torch.equal(select(problem).scores, select(replace(problem, rates={}), rates=(3e-4, 1e-4)).scores)
+    assert select(problem, rates=(1.0, 1.0)).trace["shares"] == [0.5, 0.5]
+    with pytest.raises(InvalidArgument, match=r"Problem.rates must have the checkpoints base, epoch1, got base; give one"):
+        select(replace(problem, rates={"base": 1.0}))
+
+
+def test_its_warm_up_keeps_every_pass_and_may_be_left_out():
+    assert LESS().warmup == Warmup(0.05, 4, checkpoints="all", candidates="adam")
+    assert LESS(warmup_share=0.2, warmup_epochs=1, less_form=True).warmup.candidates == "less"
+    assert LESS(warmup_share=0.0).warmup is None
+    for wrong, message in (
+        ({"warmup_share": 1.5}, r"warmup_share must lie in \[0, 1\], got 1.5"),
+        ({"warmup_epochs": 0}, "warmup_epochs must be at least 1, got 0"),
+        ({"warmup_share": 0.0, "less_form": True}, "less_form must go with a warm-up, got warmup_share 0"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            LESS(**wrong)
 
 
 def test_the_score_is_the_same_bits_for_any_block_size(monkeypatch, make_problem):

@@ -15,8 +15,8 @@ from gradsieve.selectors.directions import Directions, on_grid
 from gradsieve.selectors.g2is_walk import Component, Shortfall, walk
 from gradsieve.selectors.graph import VISITS, Neighbours, exact_graph, faiss_lists, follow, lists_on_demand
 from gradsieve.selectors.ranking import id_order, length_check
-from gradsieve.selectors.reading import require, zero_note
-from gradsieve.types import Budget, Gradients, Problem, Selection
+from gradsieve.selectors.reading import check_warmup, require, zero_note
+from gradsieve.types import Budget, Gradients, Problem, Selection, Warmup
 
 Mode = Literal["aligned", "paper"]
 Graph = Literal["auto", "exact", "faiss"]
@@ -39,10 +39,11 @@ class G2IS:
     Departs from the paper: the directions are by default those of the uncentred gradients, each turned towards the target's
     mean (`mode`); the graph has the nearest neighbours only (`neighbours`), then all candidates in the order of the direction;
     candidates with a zero gradient are left out; equal ones are taken in the order of their ids; token budgets.
-    The mixed gradient of the title (Adam's direction for candidates, the plain gradient for targets) is a matter of extraction.
 
-    Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them (0.4 GB for 100,000 x 1024; above
-    2 GB they are read again for every pick), 8n per direction, and 4n·neighbours where more than n/8 examples are asked for.
+    Gradients are mixed, as the title says: Adam's direction for the candidates and the plain gradient for the targets, over the
+    adapters that a warm-up on part of the pool leaves (`warmup_share`); those of the first checkpoint, as sketches. Memory is
+    4nd bytes for these (0.4 GB for 100,000 x 1024; above 2 GB they are read again for every pick), 8n per direction, and
+    4n·neighbours where more than n/8 examples are asked for.
 
     Attributes:
         mode: "aligned": directions of the uncentred gradients, oriented towards the target's mean, so that picks help the
@@ -57,6 +58,9 @@ class G2IS:
             "next-component" passes it on to the next one.
         compare_modes: Whether the walk is taken in the other mode too, so that the mean cosine of its picks to the target can
             be read beside that of the chosen; it takes the time of a second walk.
+        warmup_share: Share of the pool on which adapters are trained before gradients are taken, in [0, 1]; 0 takes plain
+            gradients of candidates and targets at the model as it is. Above 0 it needs the extra `train`.
+        warmup_epochs: Passes over that part, at least 1.
     """
 
     mode: Mode = "aligned"
@@ -66,6 +70,8 @@ class G2IS:
     graph: Graph = "auto"
     on_shortfall: Shortfall = "stop"
     compare_modes: bool = True
+    warmup_share: float = 0.05
+    warmup_epochs: int = 4
 
     title: ClassVar[str] = "G2IS"
     picks_by: ClassVar[str] = "a walk over the graph of similar gradients, along the main directions of the target"
@@ -89,6 +95,14 @@ class G2IS:
             raise InvalidArgument(f"neighbours must be at least 0, got {self.neighbours}; 0 stands for all")
         if self.graph == "faiss" and not self.neighbours:
             raise InvalidArgument("neighbours must be at least 1 with graph faiss, got 0; write graph exact for all of them")
+        check_warmup(self.warmup_share, self.warmup_epochs)
+
+    @property
+    def warmup(self) -> Warmup | None:
+        """Adapters on part of the pool, and Adam's direction at the end."""
+        if not self.warmup_share:
+            return None
+        return Warmup(self.warmup_share, self.warmup_epochs, candidates="adam")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ from gradsieve.selectors.ranking import (
     spread,
 )
 from gradsieve.selectors.reading import check_choice, require, zero_note
-from gradsieve.types import Budget, Gradients, Problem, Selection
+from gradsieve.types import Budget, Gradients, Problem, Selection, Warmup
 
 Prefer = Literal["density", "proportional", "stratified", "magnitude"]
 
@@ -43,8 +43,11 @@ class GrADS:
     (Eq. GRADS-4). The first two are scaled to [0, 1] over the pool; cosines come from sketches.
     Source: GrADS, 2025, arXiv:2511.08620.
 
-    Departs from the paper: gradients are taken at the model as it is given, so give it after the paper's preliminary epoch of
-    fine-tuning to follow that; how the signals make one score is our choice. Of the paper's four statistics (maximum, minimum,
+    As in the paper, the model is first fine-tuned on the whole pool for an epoch (the probe); the model that is trained on the
+    selection later is another one.
+
+    Departs from the paper: every example is scored at the end of that epoch, so that its place in it does not matter; how the
+    signals make one score is our choice. Of the paper's four statistics (maximum, minimum,
     mean, standard deviation) none decides here, because the norm fixes the standard deviation and the mean at the LM head is
     exactly zero (a softmax error sums to zero over the vocabulary). Norms are largely a measure of length: see the notes.
 
@@ -59,6 +62,9 @@ class GrADS:
         diversity_weight: Weight of diversity, at least 0.
         novelty_weight: Weight of novelty, at least 0. With this and `diversity_weight` at 0 no sketches are needed.
         bins: Number of quantile bins, at least 2; read with prefer "stratified" only.
+        probe_epochs: Epochs of fine-tuning on the pool before gradients are taken, at least 0; 0 takes them at the model as it
+            is given. 1 and more need the extra `train`.
+        probe: What the probe trains: "lora" or "full".
         statistics: Also read the element-wise maximum, minimum, mean and standard deviation of both gradients and report them
             for pool and chosen (they cost extra time to extract); without it, those that are there are reported.
     """
@@ -68,6 +74,8 @@ class GrADS:
     diversity_weight: float = 0.25
     novelty_weight: float = 0.25
     bins: int = 10
+    probe_epochs: int = 1
+    probe: Literal["lora", "full"] = "lora"
     statistics: bool = False
 
     title: ClassVar[str] = "GrADS"
@@ -89,6 +97,16 @@ class GrADS:
             raise InvalidArgument("score_weight, diversity_weight, novelty_weight must not all be 0, got 0 for each")
         if self.bins < 2:
             raise InvalidArgument(f"bins must be at least 2, got {self.bins}")
+        check_choice("probe", self.probe, Literal["lora", "full"])
+        if self.probe_epochs < 0:
+            raise InvalidArgument(f"probe_epochs must be at least 0, got {self.probe_epochs}; 0 is no probe")
+
+    @property
+    def warmup(self) -> Warmup | None:
+        """The preliminary epoch on the whole pool."""
+        if not self.probe_epochs:
+            return None
+        return Warmup(1.0, self.probe_epochs, self.probe, without="--probe-epochs 0")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -68,6 +68,14 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise InvalidArgument(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
+def check_warmup(share: float, epochs: int) -> None:
+    """Raises InvalidArgument unless a method can be warmed up like this."""
+    if not 0 <= share <= 1:
+        raise InvalidArgument(f"warmup_share must lie in [0, 1], got {share}; 0 is no warm-up")
+    if epochs < 1:
+        raise InvalidArgument(f"warmup_epochs must be at least 1, got {epochs}; write warmup_share 0 for no warm-up")
+
+
 def matching(gradients: Gradients, pattern: str) -> list[str]:
     """Returns the names of the columns that match the pattern, sorted."""
     return sorted(name for name in gradients.columns if fnmatchcase(name, pattern))

@@ -1,0 +1,320 @@
+"""Warm-ups: a model fine-tuned on part of the pool before its gradients are taken, in a folder beside the gradients.
+
+    STORE/warmup-KEY/training/       the run, in which a killed one goes on
+    STORE/warmup-KEY/warmup.json     its checkpoints, and what it cost: written last
+    STORE/warmup-KEY/epoch-N/        gradients taken at a checkpoint: pool, target, anchor
+
+KEY is a hash of model, examples, recipe and number format, so that a store holds any number of warm-ups, and every run that
+wants one of them again finds it. The trained weights serve for the gradients alone: nothing else is trained from them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from gradsieve.atomic import write_atomically
+from gradsieve.clock import Clock, Progress
+from gradsieve.data import Tokens
+from gradsieve.errors import DataError, InvalidArgument, MissingExtra
+from gradsieve.extraction import ComputeSettings, TokenSet, manifest
+from gradsieve.gradients.adam import PICKLED, SAFE, Moments
+from gradsieve.gradients.directions import References
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.models import ModelSource, hash_weights, tokenizer_hash
+from gradsieve.store import Manifest
+from gradsieve.types import Warmup
+
+if TYPE_CHECKING:
+    from gradsieve.train import Recipe
+
+DONE, TRAINING = "warmup.json", "training"
+BATCH = 16
+"""Examples per optimizer step: warm-ups are short, and 64 would leave a small pool a handful of steps."""
+FULL_RATE = 10
+"""Steps from which on the learning rate rises over the recipe's warm-up; shorter runs have the full rate at once."""
+OWN = ("tuning", "epochs", "steps", "save_epochs", "seed")
+"""Settings of a recipe that the method or the job decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where gradients are taken.
+
+    Attributes:
+        name: `epoch-1`, …
+        folder: Adapters or model, below the warm-up's folder.
+        weights: Hash of what is in it.
+        rate: Mean learning rate of its pass.
+        moments: Hash of Adam's moments, None where none were kept.
+    """
+
+    name: str
+    folder: str
+    weights: str
+    rate: float
+    moments: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished warm-up.
+
+    Attributes:
+        examples: How many it was trained on.
+        pool: How many there were.
+        steps: Optimizer steps.
+        seconds: On the clock, in steps and checkpoints.
+        cpu_seconds: Processor seconds.
+        checkpoints: After every pass, or the end alone, as the recipe says.
+    """
+
+    examples: int
+    pool: int
+    steps: int
+    seconds: float
+    cpu_seconds: float
+    checkpoints: tuple[Checkpoint, ...]
+
+    def note(self, warmup: Warmup) -> str:
+        """Returns what the user must know of it."""
+        passes = f"{warmup.epochs} epoch" + "s" * (warmup.epochs > 1)
+        return (
+            f"gradients were taken after a warm-up: {passes} of {self.examples} of the {self.pool} usable examples "
+            f"({warmup.tuning}, {self.steps} steps, {self.seconds:.1f} s); its weights serve for nothing else"
+        )
+
+
+def require_training(method: str, warmup: Warmup) -> None:
+    """Raises MissingExtra where the packages that train are not installed."""
+    for package in ("trl", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(
+                f"{method} fine-tunes the model before it takes gradients, which needs the package {package}; "
+                f"pip install 'gradsieve[train]', or take them at the model as it is with {warmup.without}"
+            )
+
+
+def recipe_of(warmup: Warmup, path: str | None, count: int, seed: int, compute: ComputeSettings) -> Recipe:
+    """Returns how a warm-up on `count` examples is trained: the file's recipe, or OGS's in batches of `BATCH`.
+
+    Raises:
+        DataError: The file cannot be read.
+        InvalidArgument: It is no recipe, or sets what the method decides.
+    """
+    import yaml
+
+    from gradsieve.train import Recipe
+
+    own = Recipe(batch=BATCH)
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            given = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"{path}: must be a readable YAML file, got {error}") from None
+        if taken := [name for name in OWN if isinstance(given, dict) and name in given]:
+            raise InvalidArgument(f"warmup_recipe must leave {', '.join(taken)} to the method and the job, got it in {path}")
+        own = Recipe.from_yaml(text)
+    steps = warmup.epochs * math.ceil(count / own.batch)
+    half = warmup.tuning == "full" and compute.dtype == torch.bfloat16
+    return replace(
+        own,
+        tuning=warmup.tuning,
+        epochs=warmup.epochs,
+        save_epochs=warmup.candidates != "plain" or warmup.checkpoints == "all",
+        seed=seed,
+        warmup=own.warmup if path is not None or steps >= FULL_RATE else 0.0,
+        dtype="bfloat16" if half else own.dtype,
+        device="cpu" if compute.device == "cpu" else own.device,
+    )
+
+
+def part_of(pool: TokenSet, share: float, seed: int) -> list[Tokens]:
+    """Returns a random share of the pool, rounded up, in the order of the ids: the same for any order of the pool."""
+    by_id = sorted(range(len(pool.kept)), key=pool.ids.__getitem__)
+    count = math.ceil(share * len(by_id) - 1e-9)
+    drawn = torch.randperm(len(by_id), generator=torch.Generator().manual_seed(seed))[:count]
+    return [pool.tokens[by_id[place]] for place in drawn.sort().values.tolist()]
+
+
+def folder_of(root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe: Recipe, compute: ComputeSettings) -> Path:
+    """Returns the folder of a warm-up: its name is a hash of all that decides the outcome."""
+    aside = ("report_to", "device", "micro_batch", "save_steps")
+    settings = {key: value for key, value in recipe.to_mapping().items() if key not in aside}
+    facts = {
+        "model": source.weights,
+        "tokenizer": tokenizer_hash(source.tokenizer),
+        "recipe": settings,
+        "dtype": str(compute.dtype),
+    }
+    hasher = xxhash.xxh3_64(json.dumps(facts, sort_keys=True).encode())
+    for example in tokens:
+        for part in (example.input_ids, example.labels):
+            hasher.update(f"{len(part)}\n".encode() + torch.as_tensor(part, dtype=torch.int64).numpy().tobytes())
+    return root / f"warmup-{hasher.hexdigest()}"
+
+
+def warm_up(
+    warmup: Warmup,
+    source: ModelSource,
+    tokens: Sequence[Tokens],
+    pool: int,
+    recipe: Recipe,
+    compute: ComputeSettings,
+    folder: Path,
+    clock: Clock,
+    progress: Progress,
+) -> Done:
+    """Trains the model in `folder`, goes on where a killed run stopped, or returns the finished one.
+
+    Args:
+        warmup: What the method asks for.
+        source: The model; it is not changed.
+        tokens: What it is trained on.
+        pool: How many examples these were drawn from.
+        recipe: How.
+        compute: Number format and device.
+        folder: See `folder_of`.
+        clock: Gets a stage `warm-up` if there is something to train.
+        progress: Is told how many tokens are done.
+    """
+    if (folder / DONE).exists():
+        return _read(folder / DONE)
+    from gradsieve.train import finetune
+
+    with clock.stage("warm-up") as written:
+        model = _trainable(source, warmup, compute)
+        trained = finetune(
+            model, tokens, recipe, folder / TRAINING, progress=lambda _, done, total: progress("warm-up", done, total)
+        )
+        try:
+            kept = [(f"epoch-{c.epoch:g}", c.folder, c.learning_rate) for c in trained.checkpoints]
+            if not kept:
+                kept = [(f"epoch-{warmup.epochs}", trained.folder, recipe.rate)]
+            checkpoints = []
+            for name, own, rate in kept:
+                moments = Moments.read(own, trained.model).digest() if recipe.save_epochs else None
+                checkpoints.append(Checkpoint(name, str(own.relative_to(folder)), hash_weights(own), rate, moments))
+        finally:
+            if warmup.tuning == "lora":
+                trained.restore()
+        done = Done(len(tokens), pool, trained.steps, trained.seconds, trained.cpu_seconds, tuple(checkpoints))
+        written.append(sum(file.stat().st_size for file in (folder / TRAINING).rglob("*") if file.is_file()))
+    write_atomically(folder / DONE, json.dumps(asdict(done), indent=1).encode())
+    return done
+
+
+def _trainable(source: ModelSource, warmup: Warmup, compute: ComputeSettings) -> torch.nn.Module:
+    """Returns the model to train: a model object itself for adapters, which are taken off again, and a copy for full tuning."""
+    if warmup.tuning == "lora":
+        return source.load(compute.dtype, compute.device)
+    wide = compute.dtype if compute.dtype == torch.float64 else torch.float32
+    return copy.deepcopy(source.live).to(wide) if source.live is not None else source.load(wide, compute.device)
+
+
+def _read(path: Path) -> Done:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_bytes())
+        return Done(**{**facts, "checkpoints": tuple(Checkpoint(**c) for c in facts["checkpoints"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: must be the record of a warm-up, got {error}; remove the folder to make it again") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """A model at which gradients are taken, and where they go.
+
+    Attributes:
+        name: `base`, or the checkpoint of a warm-up.
+        source: The model there.
+        root: Folder of the stores of pool, target and anchor.
+        compute: How gradients are taken; of the pool possibly as Adam's direction.
+        candidates: What is taken of the pool, as in `Warmup`.
+        moments: Folder of Adam's moments and their hash, where they are wanted.
+    """
+
+    name: str
+    source: ModelSource
+    root: Path
+    compute: ComputeSettings
+    candidates: str = "plain"
+    moments: tuple[Path, str] | None = None
+
+    def settings(self, role: str) -> ComputeSettings:
+        """Returns how gradients of a set are taken here: Adam's direction is the pool's alone."""
+        if role != "pool" or self.moments is None:
+            return self.compute
+        engine = replace(self.compute.engine, direction="adam", less_form=self.candidates == "less")
+        return replace(self.compute, engine=engine)
+
+    def manifest(self, role: str, references: Mapping[str, Any]) -> Manifest:
+        """Returns what the rows of a set depend on here."""
+        own = manifest(self.source, self.settings(role), references if role == "pool" else {})
+        return own if role != "pool" or self.moments is None else Manifest({**own.settings, "moments": self.moments[1]})
+
+    def engine(self, role: str, model: torch.nn.Module, references: References | None) -> GradientEngine:
+        """Returns the engine for a set; the model is the one of `source`."""
+        moments = moments_of(*self.moments, model) if role == "pool" and self.moments is not None else None
+        return GradientEngine(model, self.settings(role).engine, references if role == "pool" else None, moments=moments)
+
+
+def stops_of(
+    warmup: Warmup,
+    source: ModelSource,
+    pool: TokenSet,
+    recipe_file: str | None,
+    seed: int,
+    compute: ComputeSettings,
+    root: Path,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[list[Stop], dict[str, float], str]:
+    """Returns the checkpoints of a warm-up, trained if it is not there yet, their learning rates by name, and a note."""
+    tokens = part_of(pool, warmup.share, seed)
+    recipe = recipe_of(warmup, recipe_file, len(tokens), seed, compute)
+    folder = folder_of(root, source, tokens, recipe, compute)
+    done = warm_up(warmup, source, tokens, len(pool.kept), recipe, compute, folder, clock, progress)
+    stops = []
+    wanted = done.checkpoints if warmup.checkpoints == "all" else done.checkpoints[-1:]
+    for checkpoint in wanted:
+        own = folder / checkpoint.folder
+        moments = (own, checkpoint.moments) if warmup.candidates != "plain" and checkpoint.moments is not None else None
+        place = folder / checkpoint.name
+        stops.append(
+            Stop(checkpoint.name, source_at(own, checkpoint, source, warmup), place, compute, warmup.candidates, moments)
+        )
+    return stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup)
+
+
+def source_at(folder: Path, checkpoint: Checkpoint, source: ModelSource, warmup: Warmup) -> ModelSource:
+    """Returns the model as it was at a checkpoint."""
+    weights = f"{source.weights}+{checkpoint.weights}"
+    if warmup.tuning == "lora":
+        return replace(source, weights=weights, adapters=folder)
+    return replace(source, weights=weights, folder=folder, live=None)
+
+
+def moments_of(folder: Path, digest: str, model: torch.nn.Module) -> Moments:
+    """Returns Adam's moments of a checkpoint.
+
+    Raises:
+        DataError: They are gone, or are not those that the warm-up left.
+    """
+    above = next(parent for parent in folder.parents if parent.name.startswith("warmup-"))
+    cure = f"remove {above} and run the same command again, which makes them"
+    if not any((folder / name).exists() for name in (SAFE, PICKLED)):
+        raise DataError(f"{folder}: must hold Adam's moments of the warm-up, {PICKLED} or {SAFE}, got neither; {cure}")
+    moments = Moments.read(folder, model)
+    if moments.digest() != digest:
+        raise DataError(f"{folder}: must hold the moments that the warm-up left, got others; {cure}")
+    return moments
