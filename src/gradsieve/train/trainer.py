@@ -81,7 +81,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=_no_collator,
             peft_config=_adapter(recipe, model) if recipe.tuning == "lora" else None,
         )
-        self.processing_class = None  # tokens are given; a checkpoint must not carry the stand-in
+        self.processing_class = None  # some versions give its missing special tokens to the model
         self.remove_callback(PrinterCallback)
         self.add_callback(_Bookkeeper(self, progress))
         if recipe.surgery != "none" and self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
