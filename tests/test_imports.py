@@ -30,6 +30,7 @@ ALLOWED = {
     "pipeline": BASE
     | {"warmup", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
+    "estimate": BASE | {"clock", "extraction", "pipeline"},
     "export": BASE | {"data", "models"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "compare": BASE
@@ -37,7 +38,21 @@ ALLOWED = {
     "transfer": BASE | {"atomic", "clock", "data", "demo", "models", "pipeline", "selectors"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},
     "cli": BASE
-    | {"demo", "data", "store", "selectors", "pipeline", "outputs", "export", "rebuild", "compare", "demo_run", "transfer"},
+    | {
+        "demo",
+        "data",
+        "store",
+        "selectors",
+        "pipeline",
+        "outputs",
+        "report",
+        "estimate",
+        "export",
+        "rebuild",
+        "compare",
+        "demo_run",
+        "transfer",
+    },
     "__init__": BASE | {"pipeline", "selectors"},
 }
 

@@ -12,6 +12,7 @@ USAGE = """gradsieve chooses the fine-tuning examples that teach a language mode
 
   gradsieve demo                      the main job on a built-in model and medical pool, on a CPU, in minutes
   gradsieve select METHOD …           choose examples: --model M --pool pool.jsonl --budget 5% --out DIR
+  gradsieve estimate METHOD …         what that will take, from a short measurement: the same options as select
   gradsieve methods                   what each method reads, picks by and costs
   gradsieve extract …                 take gradients into a store, without choosing yet
   gradsieve store info|verify DIR     what a store holds; check every byte of it
@@ -88,6 +89,22 @@ def _select(arguments: list[str]) -> int:
         fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
         result = select(name, settings=dataclasses.asdict(parsed.method), out=out, progress=terminal.progress, **fields)
     _print_result(result, Path(out))
+    return 0
+
+
+def _estimate(arguments: list[str]) -> int:
+    import tyro
+
+    from gradsieve.estimate import estimate
+    from gradsieve.pipeline import method_class
+
+    name, flags = _method_name(_with_config(arguments))
+    parsed: Any = tyro.cli(
+        _select_command(method_class(name)), prog=f"gradsieve estimate {name}", args=flags, config=_tyro_config()
+    )
+    with _terminal() as terminal:
+        found = estimate(name, parsed.job, dataclasses.asdict(parsed.method), progress=terminal.progress)
+    _print_estimate(found)
     return 0
 
 
@@ -220,6 +237,7 @@ def _transfer(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "select": _select,
+    "estimate": _estimate,
     "methods": _methods,
     "extract": _extract,
     "store": _store,
@@ -387,6 +405,24 @@ class _terminal:
         self._said[stage] = start, now
         left = f", {(now - start) / done * (total - done):.0f} s left" if 0 < done < total and now > start else ""
         print(f"{stage}: {done}/{total} tokens{left}", file=sys.stderr, flush=True)
+
+
+def _print_estimate(found: Any) -> None:
+    from rich.table import Table
+
+    from gradsieve.report.wording import duration, size
+
+    console = _console()
+    for role, (examples, tokens) in found.sets.items():
+        console.print(f"{role}: {examples} usable examples, {tokens} tokens", markup=False, highlight=False)
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    table = Table("stage", "about", "measured on a part", box=None, header_style="bold", pad_edge=False)
+    for stage in found.stages:
+        table.add_row(stage.stage, duration(stage.seconds), duration(stage.measured))
+    console.print(table, highlight=False)
+    total = f"about {duration(found.seconds)} until the choice, {size(found.bytes)} on disk, {size(found.memory)} of memory"
+    console.print(f"{total} (measured on {found.share:.0%} of the tokens)", markup=False, highlight=False)
 
 
 def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,8 +216,7 @@ def select(
         anchor=names["anchor"],
     )
     name, selector = find_method(method, settings)
-    warmup: Warmup | None = getattr(selector, "warmup", None)
-    run = _Run(config, name, selector.needs, Path(out) if out is not None else None, progress, warmup)
+    run = Run.of(config, name, selector, Path(out) if out is not None else None, progress)
     problem = run.problem(data, model, tokenizer)
     with run.clock.stage("selection"):
         rng = torch.Generator().manual_seed(config.seed)
@@ -257,7 +256,7 @@ def extract(job: Job, progress: Progress = silent) -> Problem:
         needs |= {"targets", "dot/target", "dot/contrast/*"}
     if job.anchor:
         needs |= {"anchors", "dot/anchor", "dot/anchor:*", "dot/contrast/*"}
-    run = _Run(dataclasses.replace(job, budget="100%"), "extract", frozenset(needs), Path(job.store), progress)
+    run = Run(dataclasses.replace(job, budget="100%"), "extract", frozenset(needs), Path(job.store), progress)
     return run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
 
 
@@ -272,8 +271,8 @@ def _names(data: Data) -> tuple[str, ...]:
 
 
 @dataclass(eq=False)
-class _Run:
-    """One run of the main job: everything that can be checked is checked before the model is loaded."""
+class Run:
+    """One run of the main job up to the choice: everything that can be checked is checked before the model is loaded."""
 
     job: Job
     name: str
@@ -281,11 +280,17 @@ class _Run:
     out: Path | None
     progress: Progress
     warmup: Warmup | None = None
+    thin: Callable[[TokenSet], TokenSet] | None = None  # takes part of every set: an estimate runs on little
     clock: Clock = field(default_factory=Clock)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, TokenSet] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     corrupted: dict[str, Example] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
+        """Returns the run of a method."""
+        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None))
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
@@ -307,7 +312,7 @@ class _Run:
                 tokens = TokenSet.of(role, part, source.tokenizer, max_length=job.max_length, chat_template=template)
                 tokens.require_usable()
                 self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
-                self.sets[role] = tokens
+                self.sets[role] = self.thin(tokens) if self.thin else tokens
         engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
         compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
