@@ -93,7 +93,7 @@ class _Thinner:
 
 
 def estimate(
-    method: str, job: Job, settings: Mapping[str, Any] | None = None, *, tokens: int = 4096, progress: Progress = silent
+    method: str, job: Job, settings: Mapping[str, Any] | None = None, *, tokens: int = 1500, progress: Progress = silent
 ) -> Estimate:
     """Runs the job on about `tokens` tokens of each set in a temporary folder, and scales what each stage took.
 
