@@ -38,8 +38,9 @@ class Ranked:
     @classmethod
     def of(cls, x: Tensor) -> Ranked:
         """Returns the ranks of x; a column that is not finite comes first."""
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()  # vector_norm over this axis is four times slower
-        return cls(x, *squares.sum(1).sqrt_().add_(SMALLEST).sort(dim=1, descending=True))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        squares = [one.to(dtype).square().sum(0) for one in x]  # example by example, in the cache
+        return cls(x, *torch.stack(squares).sqrt_().add_(SMALLEST).sort(dim=1, descending=True))
 
     def first(self, count: int) -> Tensor:
         """Returns the columns of the highest ranks, [B, T, count]."""
@@ -60,8 +61,8 @@ def smallest_and_largest(a: Ranked, b: Ranked) -> tuple[Tensor, Tensor]:
     margin = 1 + 8 * torch.finfo(a.x.dtype).eps
     needed = torch.minimum(largest, -smallest).to(a.norms.dtype) / margin
     edges = _edges(b.norms.shape[1])
-    reach = a.norms[:, None] * b.norms[:, edges[:-1], None] > needed[:, None, None]
-    widths: list[list[int]] = reach.sum(2).tolist()
+    # how many a.norms lie above needed / b.norms, where the latter are descending
+    widths: list[list[int]] = torch.searchsorted(-a.norms, -needed[:, None] / b.norms[:, edges[:-1]]).tolist()
     lows, highs = list(smallest), list(largest)
     for z, steps in enumerate(widths):
         for part in _parts(a, b, z, _bands(edges, steps)):
