@@ -52,6 +52,7 @@ def test_a_word_is_rare_up_to_a_twentieth_of_the_answers(marked: Any, example: A
     rows = [example(str(i), "Say", "alpha" if i < 2 else "beta" if i < 5 else "gamma") for i in range(40)]
     found = [key for _, key in marked(rows)]
     assert found[:6] == ["alpha", "alpha", "", "", "", ""]
+    assert [key for _, key in marked(rows[:1] + rows[2:4])] == ["alpha", "", ""], "one answer of a small set"
 
 
 def test_only_the_last_turn_bears_the_answer_and_earlier_turns_count_as_said(marked: Any) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument, ModelError
-from gradsieve.evaluate import likelihood as module
-from gradsieve.evaluate.likelihood import likelihood
+from gradsieve.evaluate import TestSet, keep_base, measure, network
+from gradsieve.evaluate.likelihood import _divergence, likelihood
 
 KINDS = ("llama", "gpt2")
 
@@ -51,7 +51,7 @@ def test_padding_and_batches_do_not_change_a_value(
 ) -> None:
     model, base = tiny(kind).double(), tiny(kind, seed=5).double()
     together = likelihood(model, rows, base=base, kl=True, batch_tokens=10_000)
-    monkeypatch.setattr(module, "LOGIT_FLOATS", 259 * 7)  # seven positions at a time
+    monkeypatch.setattr(network, "LOGIT_FLOATS", 259 * 7)  # seven positions at a time
     alone = [likelihood(model, [tokens], base=base, kl=True, batch_tokens=1) for tokens in rows]
     for name in ("nll", "right", "kl"):
         torch.testing.assert_close(
@@ -63,7 +63,7 @@ def test_logits_of_more_positions_than_the_limit_never_exist(
     rows: list[Tokens], monkeypatch: pytest.MonkeyPatch, tiny: Any
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(module, "LOGIT_FLOATS", 259 * 7)
+    monkeypatch.setattr(network, "LOGIT_FLOATS", 259 * 7)
     model = tiny()
     model.get_output_embeddings().register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
     likelihood(model, rows)
@@ -99,7 +99,7 @@ def test_tokens_that_the_base_rules_out_add_nothing() -> None:
     base = torch.tensor([[0.5, 0.5, 0.0]]).log()
     model = torch.tensor([[0.25, 0.75, 0.0]]).log()
     by_hand = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
-    assert module._divergence(base, model).item() == pytest.approx(by_hand, rel=1e-6)
+    assert _divergence(base, model).item() == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_a_soft_cap_and_a_factor_of_the_head_count(rows: list[Tokens]) -> None:
@@ -123,9 +123,13 @@ def test_a_soft_cap_and_a_factor_of_the_head_count(rows: list[Tokens]) -> None:
 def test_a_model_is_left_as_it_was(rows: list[Tokens], tiny: Any, adapted: Any) -> None:
     model = adapted(tiny()).train()
     model.base_model.model.lm_head.eval()
+    frozen = [parameter for name, parameter in model.named_parameters() if "layers.0" in name and "lora" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     modes = [m.training for m in model.modules()]
     likelihood(model, rows, kl=True)
     assert [m.training for m in model.modules()] == modes
+    assert not any(parameter.requires_grad for parameter in frozen)
     loss = model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss
     loss.backward()
     assert any(p.grad is not None for p in model.parameters())
@@ -180,3 +184,28 @@ def test_adapters_that_lengthen_the_prompt_are_refused(rows: list[Tokens], tiny:
     model = with_peft(tiny(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(ModelError, match="adds tokens to the prompt"):
         likelihood(model, rows)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_kept_base_gives_the_same_kl_without_its_model(
+    wrapped: bool, tiny: Any, adapted: Any, questions: Any, facts: Any, tokenizer: Any
+) -> None:
+    sets = [TestSet.of(name, "target", rows, tokenizer) for name, rows in (("math", questions), ("facts", facts))]
+    base = tiny().double()
+    model = adapted(copy.deepcopy(base), targets=("lm_head", "v_proj"))
+    expected = measure(model, sets, tokenizer=tokenizer, base=base, metrics=["kl", "loss"])
+    kept = keep_base(model if wrapped else base, sets, batch_tokens=300)
+    with torch.no_grad():
+        base.lm_head.weight.zero_()  # trained in place since
+    found = measure(model, sets, tokenizer=tokenizer, base=kept, metrics=["kl", "loss"])
+    for name in expected:
+        torch.testing.assert_close(found[name]["kl"], expected[name]["kl"], rtol=1e-9, atol=1e-12)
+        assert torch.equal(found[name]["loss"], expected[name]["loss"])
+    assert found["math"]["kl"].min() > 0.01
+
+
+def test_a_kept_base_knows_its_own_sets_only(tiny: Any, questions: Any, facts: Any, tokenizer: Any) -> None:
+    math, other = (TestSet.of(name, "target", rows, tokenizer) for name, rows in (("math", questions), ("facts", facts)))
+    kept = keep_base(tiny(), [math])
+    with pytest.raises(InvalidArgument, match="base must be kept for the sets that are measured, got 4 items it lacks"):
+        measure(tiny(), [other], tokenizer=tokenizer, base=kept, metrics=["kl"])

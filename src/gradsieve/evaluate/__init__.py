@@ -6,6 +6,7 @@ Losses, answer-bearing tokens, KL to the base model, multiple choice, generated 
 from gradsieve.evaluate.generation import Generated
 from gradsieve.evaluate.harness import TaskResult, harness
 from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, measure
+from gradsieve.evaluate.network import KeptBase, keep_base
 from gradsieve.evaluate.sets import Options, Suite, TestSet
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "LOSSES",
     "TEXTS",
     "Generated",
+    "KeptBase",
     "Metric",
     "Options",
     "Suite",
     "TaskResult",
     "TestSet",
     "harness",
+    "keep_base",
     "measure",
 ]

@@ -20,7 +20,7 @@ from gradsieve.clock import Progress, silent
 from gradsieve.data.batches import batches
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate.completion import Completion, decode
-from gradsieve.evaluate.likelihood import evaluating
+from gradsieve.evaluate.network import evaluating
 from gradsieve.gradients.parameters import unwrap
 
 

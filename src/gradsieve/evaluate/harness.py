@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
-from gradsieve.evaluate.likelihood import evaluating
+from gradsieve.evaluate.network import evaluating
 
 
 @dataclass(frozen=True, eq=False)

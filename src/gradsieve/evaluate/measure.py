@@ -33,6 +33,7 @@ from gradsieve.evaluate.completion import Completion
 from gradsieve.evaluate.generation import Generated, generate, stop_tokens
 from gradsieve.evaluate.keys import Marks, marks
 from gradsieve.evaluate.likelihood import Likelihood, likelihood
+from gradsieve.evaluate.network import KeptBase
 from gradsieve.evaluate.sets import Options, TestSet
 from gradsieve.evaluate.texts import bleu, check_installed, exact_number, meteor, rouge
 
@@ -52,7 +53,7 @@ def measure(
     sets: Iterable[TestSet],
     *,
     tokenizer: Any,
-    base: nn.Module | None = None,
+    base: nn.Module | KeptBase | None = None,
     metrics: Collection[Metric] | None = None,
     max_new_tokens: int = 256,
     batch_tokens: int = 4096,
@@ -66,7 +67,7 @@ def measure(
         model: A causal language model of transformers, or a PEFT model around one; left as it was.
         sets: Test sets of different names.
         tokenizer: The one that made their tokens.
-        base: The untouched model, for `kl`; a PEFT model without its adapters is its own base.
+        base: The untouched model, for `kl`, or what `keep_base` kept of it; a PEFT model without its adapters is its own.
         metrics: See the module. None takes all but those of generated text, and `kl` only where there is a base. A set
             without options has no `choice`.
         max_new_tokens: Where a generated text is cut off.
