@@ -15,11 +15,13 @@ from unittest.mock import MagicMock
 import pytest
 
 from gradsieve.cli import COMMANDS, run
+from gradsieve.compare.command import Compare
 from gradsieve.demo_run import Demo
 from gradsieve.errors import InvalidArgument
 from gradsieve.export import Export
 from gradsieve.outputs import Replay
 from gradsieve.pipeline import Job, find_method, method_class, select
+from gradsieve.rebuild import Rebuild
 from gradsieve.selectors import SELECTORS
 from gradsieve.selectors.metadata import Metadata
 from gradsieve.types import Budget
@@ -144,7 +146,7 @@ def flags_of(kind: type) -> set[str]:
 def allowed_flags(words: list[str]) -> set[str]:
     """Returns the flags that a command knows."""
     command = words[0]
-    if command == "select":
+    if command in ("select", "estimate"):
         method = words[1] if len(words) > 1 else "METHOD"
         if method in ("METHOD", "package.module:Class"):
             own = set()
@@ -156,6 +158,8 @@ def allowed_flags(words: list[str]) -> set[str]:
         "extract": flags_of(Job) | {"--config"},
         "replay": flags_of(Replay),
         "export": flags_of(Export),
+        "report": flags_of(Rebuild),
+        "compare": flags_of(Compare),
     }
     return known.get(command, set()) | {"--help"}
 
