@@ -86,7 +86,9 @@ class Comparison:
         for arm in self.config.arms:
             needs = selector(arm).needs if arm.chooses else frozenset()
             for role in ("target", "anchor"):
-                reads = any(n == f"{role}s" or n.startswith((f"dot/{role}", f"dot/contrast/{role}")) for n in needs)
+                reads = any(
+                    n == f"{role}s" or n.startswith((f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}")) for n in needs
+                )
                 if reads and not getattr(self.config, role):
                     raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
 

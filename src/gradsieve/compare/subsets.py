@@ -63,6 +63,10 @@ class _Seeded:
     def needs(self) -> frozenset[str]:
         return self.selector.needs
 
+    @property
+    def warmup(self) -> Any:
+        return _warmup(self.selector)
+
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         rng = torch.Generator().manual_seed(self.seed)
         before = rng.get_state()
@@ -73,9 +77,10 @@ class _Seeded:
 
 @dataclass(frozen=True)
 class _Everything:
-    """Chooses nothing of interest; what it needs is what all arms together need."""
+    """Chooses nothing of interest; what it needs is what all arms with this warm-up need together."""
 
     needs: frozenset[str]
+    warmup: Any
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         n = len(problem.candidates.ids)
@@ -85,6 +90,11 @@ class _Everything:
 def reads_gradients(arm: Arm) -> bool:
     """Says whether an arm's method needs a store."""
     return arm.chooses and any(not need.startswith(WITHOUT_GRADIENTS) for need in selector(arm).needs)
+
+
+def _warmup(selector: Selector) -> Any:
+    """Returns how a method wants the model trained before gradients are taken; None for most."""
+    return getattr(selector, "warmup", None)
 
 
 def selector(arm: Arm) -> Selector:
@@ -106,10 +116,11 @@ def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: 
         found = _kept(study, arm, budget, other, inputs)
         if found is not None and (other == seed or not found.drew):
             return found
-    gradient_seconds = _gradients(study, material, seed, progress) if reads_gradients(arm) else 0.0
+    gradient_seconds = _gradients(study, material, arm, seed, progress) if reads_gradients(arm) else 0.0
     drawn: list[bool] = []
     started = time.perf_counter()
-    result = _select(study, material, _Seeded(selector(arm), seed, drawn), budget, seed, progress)
+    store = _store(study, material, arm, seed)
+    result = _select(store, material, _Seeded(selector(arm), seed, drawn), budget, seed, progress)
     made = Subset(
         ids=tuple(example.id for example in result.examples),
         weights=tuple(result.selection.weights.double().tolist()),
@@ -176,20 +187,26 @@ def _file(study: Path, arm: Arm, budget: str, seed: int) -> Path:
 # -- gradients ----------------------------------------------------------------------------------------------------------------
 
 
-def _gradients(study: Path, material: Material, seed: int, progress: Progress) -> float:
-    """Takes the gradients that any arm reads, where they are not there yet; returns the seconds they took in all."""
-    store = _store(study, material, seed)
+def _gradients(study: Path, material: Material, arm: Arm, seed: int, progress: Progress) -> float:
+    """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds they took in all."""
+    store = _store(study, material, arm, seed)
     if not (store / "whole").exists():
-        arms = [arm for arm in material.config.arms if reads_gradients(arm)]
-        needs = frozenset(need for arm in arms for need in selector(arm).needs)
         stopwatch = _Stopwatch(store / "spent.json", progress)
-        _select(study, material, _Everything(needs), "1", seed, stopwatch.progress)
+        everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
+        _select(store, material, everything, "1", seed, stopwatch.progress)
         stopwatch.write()
         (store / "whole").touch()
     return float(read_json(store / "spent.json")["seconds"])
 
 
-def _select(study: Path, material: Material, method: Any, budget: str, seed: int, progress: Progress) -> Result:
+def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
+    """Returns what all arms with the arm's warm-up read."""
+    warmup = _warmup(selector(arm))
+    others = [other for other in material.config.arms if reads_gradients(other) and _warmup(selector(other)) == warmup]
+    return frozenset(need for other in others for need in selector(other).needs)
+
+
+def _select(store: Path, material: Material, method: Any, budget: str, seed: int, progress: Progress) -> Result:
     sides, config = material.sides(seed), material.config
     shared = {name: getattr(config, name) for name in ("max_length", "dtype", "device", "chat_template", "trust_remote_code")}
     return select(
@@ -199,17 +216,16 @@ def _select(study: Path, material: Material, method: Any, budget: str, seed: int
         target=sides.target,
         anchor=sides.anchor,
         budget=budget,
-        store=str(_store(study, material, seed)),
+        store=str(store),
         progress=progress,
         **shared,
         **config.gradients,
     )
 
 
-def _store(study: Path, material: Material, seed: int) -> Path:
-    arms = [arm for arm in material.config.arms if reads_gradients(arm)]
-    needs = sorted({need for arm in arms for need in selector(arm).needs})
-    key = [_data_digest(material, seed), material.source.weights, _gradient_settings(material), needs]
+def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
+    needs, warmup = sorted(_shared_needs(material, arm)), repr(_warmup(selector(arm)))
+    key = [_data_digest(material, seed), material.source.weights, _gradient_settings(material), warmup, needs]
     return study / "stores" / xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
 
 
