@@ -36,8 +36,9 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
         expected = {"items.parquet", "generations.json", "result.json"} | ({"selection.json"} if cell.arm != "base" else set())
         assert files == expected
     assert [record["cell"] for record in read_results(finished.study)] == names
-    assert {path.name for path in finished.study.iterdir()} == {
-        "cells", "selections", "stores", "results.jsonl", "comparison.json",
+    made = {path.name for path in finished.study.iterdir()}
+    assert made == {"cells", "selections", "stores", "results.jsonl", "comparison.json"} | {
+        "report.html", "summary.md", "effects.csv", "figures",
     }  # fmt: skip
 
 
@@ -60,9 +61,10 @@ def test_values_are_kept_per_item(finished: Comparison) -> None:
         read = read_items(finished.study / "cells" / cell.name / "items.parquet")
         assert [len(read.items[name]) for name in ("asked", "sums")] == [8, 4]
         assert set(read.values["sums"]) == {"loss", "key_accuracy", "kl"}
+        assert set(read.values["asked"]) == {"loss", "key_accuracy"}
         means = read_finished(finished.study, cell).record["means"]  # type: ignore[union-attr]
         assert read.values["asked"]["loss"].mean() == pytest.approx(means["asked"]["loss"])
-        assert (read.values["asked"]["kl"] == 0).all() == (cell.arm == "base")
+        assert (read.values["sums"]["kl"] == 0).all() == (cell.arm == "base")
 
 
 def test_all_arms_take_equal_steps_and_seeds_differ(finished: Comparison) -> None:

@@ -50,13 +50,13 @@ class Compare:
     def go(self, comparison: Comparison, progress: Progress = silent, say: Say = print) -> list[Finished]:
         """Does what is not done."""
 
-        def told(finished: Finished, done: int, total: int, seconds_left: float) -> None:
+        def told(finished: Finished, done: int, total: int, seconds_left: float | None) -> None:
             say(told_line(finished, done, total, seconds_left))
 
         return comparison.run(progress=progress, told=told, minutes=self.minutes)
 
 
-def told_line(finished: Finished, done: int, total: int, seconds_left: float) -> str:
+def told_line(finished: Finished, done: int, total: int, seconds_left: float | None) -> str:
     """Returns what is said of a finished cell."""
     from gradsieve.report.wording import duration
 
@@ -66,7 +66,7 @@ def told_line(finished: Finished, done: int, total: int, seconds_left: float) ->
     else:
         spent = sum(seconds for name, seconds in record["seconds"].items() if name != "gradients")
         what = duration(spent)
-    left = f", about {duration(seconds_left)} left" if done < total else ""
+    left = f", about {duration(seconds_left)} left" if done < total and seconds_left is not None else ""
     return f"cell {done} of {total}: {finished.cell.name}: {what}{left}"
 
 
@@ -97,4 +97,6 @@ def forecast_line(forecast: Forecast) -> str:
 
 def folder_line(study: Path) -> str:
     """Returns where the results are."""
-    return f"Results: {study / 'results.jsonl'}"
+    if not (study / "report.html").exists():
+        return f"No cell is finished yet; run the same command again to go on: {study}"
+    return f"Look at {study / 'report.html'}; results are in {study / 'results.jsonl'}"

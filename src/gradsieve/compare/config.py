@@ -64,7 +64,7 @@ class TestFiles:
         role: `target` for the wanted ability, `general` for one that must not be forgotten.
         files: Where they are.
         limit: So many of them at most, a random choice that depends on the texts alone; None for all.
-        metrics: What is measured on it; the comparison's own metrics by default.
+        metrics: What is measured on it; the comparison's own metrics by default, without KL where the role is target.
     """
 
     role: Role

@@ -23,6 +23,7 @@ from gradsieve.compare.cells import Cell, plan_cells
 from gradsieve.compare.config import BASE, Config
 from gradsieve.compare.estimate import Speed, predicted
 from gradsieve.compare.material import Material, tokens_digest
+from gradsieve.compare.page import write_reports
 from gradsieve.compare.records import (
     Finished,
     cell_folder,
@@ -45,12 +46,12 @@ log = logging.getLogger(__name__)
 class Told(Protocol):
     """Is told of every finished cell."""
 
-    def __call__(self, finished: Finished, done: int, total: int, seconds_left: float) -> None:
-        """`done` of `total` cells are finished; the others will take about `seconds_left`."""
+    def __call__(self, finished: Finished, done: int, total: int, seconds_left: float | None) -> None:
+        """`done` of `total` cells are finished; the others will take about `seconds_left`, None while that is unknown."""
         ...
 
 
-def untold(finished: Finished, done: int, total: int, seconds_left: float) -> None:
+def untold(finished: Finished, done: int, total: int, seconds_left: float | None) -> None:
     """A `Told` that does nothing."""
 
 
@@ -133,7 +134,10 @@ class Comparison:
             done = self.finished()
             told(done[[one.cell for one in done].index(cell)], len(done), len(self.cells), self.seconds_left(done))
         write_results(self.study, self.cells)
-        return self.finished()
+        done = self.finished()
+        if any(one.cell.arm == BASE for one in done):
+            write_reports(self.config)
+        return done
 
     def finished(self) -> list[Finished]:
         """Returns the finished cells, in order."""
@@ -146,10 +150,12 @@ class Comparison:
         assert cell.seed is not None
         return subset(self.study, self.material, self.config.arm(cell.arm), cell.budget, cell.seed, progress)
 
-    def seconds_left(self, done: Sequence[Finished]) -> float:
-        """Returns about how long the other cells will take, from what the finished ones took."""
+    def seconds_left(self, done: Sequence[Finished]) -> float | None:
+        """Returns about how long the other cells will take, from what the finished ones took; None before one was trained."""
         there = {one.cell for one in done}
         speed = Speed.of_finished([one.record for one in done])
+        if not speed.train:
+            return None
         return sum(predicted(self.material, cell, self.config, speed) for cell in self.cells if cell not in there)
 
     # -- the folder ---------------------------------------------------------------------------------------------------

@@ -216,8 +216,12 @@ def _measure(model: Any, material: Material, trained: bool, base: Any, progress:
 
 
 def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
-    """Returns what is measured on a test."""
-    return config.tests[test.name].metrics or config.metrics
+    """Returns what is measured on a test: what it asks for, else the comparison's metrics, without KL on a target test.
+
+    Learning the target moves a model away from its base there; that is no forgetting, and KL costs a second forward pass.
+    """
+    own = config.tests[test.name].metrics
+    return own or tuple(metric for metric in config.metrics if metric != "kl" or test.role == "general")
 
 
 def _answers(model: Any, material: Material) -> list[dict[str, str]]:

@@ -1,0 +1,172 @@
+"""A summary → its files: one HTML page that asks nothing from anywhere, Markdown, CSV, and the figures as SVG."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gradsieve.compare.cells import plan_cells
+from gradsieve.compare.config import Config
+from gradsieve.compare.figures import figures
+from gradsieve.compare.records import read_finished, read_json
+from gradsieve.compare.summary import Summary, summarise
+from gradsieve.compare.tables import effects_csv, interval, markdown, tally
+from gradsieve.data import write_lines
+from gradsieve.report import wording
+
+VIEWS = {
+    "equal_steps": (
+        "Equal steps",
+        "Every arm takes the same number of optimizer steps of full batches, so small subsets repeat.",
+    ),
+    "equal_repetition": ("Equal repetition", "Every arm passes as often over what it chose, so small subsets take few steps."),
+}
+
+
+def write_reports(config: Config) -> Summary:
+    """Writes report.html, summary.md, effects.csv and figures/ into a comparison's folder, from its finished cells alone.
+
+    Raises:
+        DataError: The untouched model's cell is not finished, or cells do not fit each other.
+    """
+    study, cells = Path(config.out), plan_cells(config)
+    found = [read_finished(study, cell) for cell in cells]
+    finished = [one for one in found if one is not None]
+    missing = [cell.name for cell, one in zip(cells, found, strict=True) if one is None]
+    summary = summarise(finished, read_json(study / "comparison.json"), missing, config.resamples)
+    drawn = figures(summary)
+    _write(study / "report.html", render(summary, drawn))
+    _write(study / "summary.md", markdown(summary))
+    _write(study / "effects.csv", effects_csv(summary))
+    (study / "figures").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        _write(study / "figures" / f"{name}.svg", svg)
+    return summary
+
+
+def render(summary: Summary, drawn: Mapping[str, str]) -> str:
+    """Returns the page as one HTML document; the same summary gives the same text."""
+    css = resources.files("gradsieve.report").joinpath("page.css").read_text(encoding="utf-8") + _packaged("page.css")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    environment.filters |= {
+        "interval": interval, "tally": tally, "number": wording.number, "percent": wording.percent, "safe_svg": Markup,
+    }  # fmt: skip
+    return environment.from_string(_packaged("page.html.j2")).render(
+        s=summary,
+        css=Markup(css),
+        css_hash=_hash(css),
+        figures=drawn,
+        headline=headline(summary),
+        lead=lead(summary),
+        numbers=_numbers(summary),
+        view_words=VIEWS,
+        questions=_questions(summary),
+        settings=_settings(summary.record["config"]),
+        versions=[*summary.record["versions"].items(), *summary.record["hardware"].items()],
+    )
+
+
+def headline(summary: Summary) -> str:
+    """Returns how many arms taught the target better than chance, which is what a comparison is made for."""
+    judged = _judged(summary)
+    if not judged:
+        return "Nothing can be judged yet"
+    wins = sum(verdict == "win" for verdict in judged.values())
+    if wins == 0:
+        return "No method beat random"
+    return f"{wins} of {len(judged)} choices beat random"
+
+
+def lead(summary: Summary) -> str:
+    """Returns the result in sentences."""
+    judged = _judged(summary)
+    if not judged:
+        return "A judgement needs a method besides the baselines and at least two seeds of it and of random."
+    by = {kind: [name for name, verdict in judged.items() if verdict == kind] for kind in ("win", "tie", "loss")}
+    tests = wording.joined([test for test, role in summary.roles.items() if role == "target"])
+    parts = [
+        f"In {summary.gain_metric} of {tests}: better than random of the same budget: {wording.joined(by['win']) or 'none'}; "
+        f"not told apart from it: {wording.joined(by['tie']) or 'none'}; worse: {wording.joined(by['loss']) or 'none'}."
+    ]
+    if summary.forgetting_metric:
+        front = [one.label for one in summary.standings if one.on_front]
+        parts.append(f"On the front of gain and forgetting, beside the untouched model: {wording.joined(front) or 'none'}.")
+    return " ".join(parts)
+
+
+def _judged(summary: Summary) -> dict[str, str]:
+    """Returns the verdict against random on the target tests of every choice of every method."""
+    several = len(summary.views()) > 1
+    return {
+        one.label + (f" ({one.view.replace('_', ' ')})" if several else ""): one.over_random.verdict
+        for one in summary.standings
+        if one.budget and one.over_random is not None and one.over_random.verdict != "unjudged"
+    }
+
+
+def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
+    config = summary.record["config"]
+    done = sum(one.seeds for one in summary.standings) + 1
+    trained = sum(one.seconds["train"] * one.seeds for one in summary.standings)
+    examined = sum(one.seconds["evaluate"] * one.seeds for one in summary.standings)
+    best = max(summary.standings, key=lambda one: one.gain.mean, default=None)
+    return [
+        (str(len(config["arms"])), "arms", wording.joined([arm["name"] for arm in config["arms"]])),
+        (str(len(config["seeds"])), "seeds", "of training, draws and, where the file asks, data"),
+        (str(done), "finished cells", f"{len(summary.missing)} are missing" if summary.missing else "all of them"),
+        (f"{best.gain.mean:+.3f}".replace("-", "−") if best else "–", "largest gain", best.label if best else ""),
+        (wording.duration(trained), "of training", f"and {wording.duration(examined)} of evaluation"),
+    ]
+
+
+def _questions(summary: Summary) -> list[dict[str, Any]]:
+    """Returns the shown prompts, each with what every arm answered."""
+    questions: dict[str, dict[str, Any]] = {}
+    for arm, answers in summary.generations:
+        for one in answers:
+            entry = questions.setdefault(one["item"], {"prompt": one["prompt"], "reference": one["reference"], "answers": []})
+            entry["answers"].append((arm, one["answer"]))
+    return list(questions.values())
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(name, _setting(value)) for name, value in config.items() if name not in ("arms", "tests", "source")]
+    rows += [(f"test {name}", _setting(test)) for name, test in config["tests"].items()]
+    for arm in config["arms"]:
+        own = {key: arm[key] for key in ("method", "settings", "budgets", "recipe") if arm[key] and arm[key] != arm["name"]}
+        rows.append((f"arm {arm['name']}", _setting(own) or "its defaults"))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_setting(own)}" for key, own in value.items() if own not in (None, [], {}, ()))
+    return wording.setting(value)
+
+
+def _packaged(name: str) -> str:
+    return resources.files("gradsieve.compare").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _shown(value: object) -> object:
+    if value is None:
+        return "–"
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _write(path: Path, text: str) -> None:
+    lines: Sequence[bytes] = text.removesuffix("\n").encode("utf-8").split(b"\n")
+    write_lines(path, lines)

@@ -1,0 +1,248 @@
+"""What is said of measurements that are made up, against sums written out; and how it is shown."""
+
+import csv
+import io
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsieve.compare.cells import Cell
+from gradsieve.compare.figures import figures
+from gradsieve.compare.page import headline, lead, render
+from gradsieve.compare.records import Finished, write_items, write_json
+from gradsieve.compare.summary import Effect, Standing, Summary, summarise
+from gradsieve.compare.tables import effects_csv, interval, markdown
+from gradsieve.errors import DataError
+
+ITEMS = {"law": [f"l{i}" for i in range(30)], "math": [f"m{i}" for i in range(20)]}
+SEEDS = (0, 1, 2)
+TEACHES = {"full": 0.30, "random": 0.20, "good": 0.40, "same": 0.20, "bad": 0.05}
+FORGETS = {"full": 0.30, "random": 0.20, "good": 0.10, "same": 0.20, "bad": 0.02}
+Write = Callable[..., list[Finished]]
+
+
+def record(arms: list[str], hostile: str = "") -> dict[str, Any]:
+    return {
+        "gradsieve": "0",
+        "date": "today",
+        "notes": [hostile] if hostile else [],
+        "versions": {"torch": "2"},
+        "hardware": {"cores": 2},
+        "config": {
+            "source": f"made-up{hostile}.yaml",
+            "seeds": list(SEEDS),
+            "budgets": ["10%"],
+            "tests": {"law": {"role": "target", "files": ["x"]}, "math": {"role": "general", "files": ["y"]}},
+            "arms": [
+                {"name": a, "method": a, "settings": {}, "budgets": [], "recipe": {}, "added": a == "full"}
+                for a in ["base", *arms]
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes made-up cells; `change` may alter a cell's values before they are written."""
+
+    def made(
+        arms: dict[str, float] = TEACHES,
+        seeds: tuple[int, ...] = SEEDS,
+        change: Callable[[Cell, dict[str, Any]], None] | None = None,
+        hostile: str = "",
+    ) -> list[Finished]:
+        rng = np.random.default_rng(0)
+        level = {name: rng.normal(3, 0.5, len(items)) for name, items in ITEMS.items()}
+        cells = [Cell("base")]
+        cells += [Cell(arm, None if arm == "full" else "10%", seed, "equal_steps") for seed in seeds for arm in arms]
+        found = []
+        for cell in cells:
+            noise = {name: rng.normal(0, 0.02, len(items)) for name, items in ITEMS.items()}
+            taught, forgot = TEACHES.get(cell.arm, 0.0), FORGETS.get(cell.arm, 0.0)
+            values: dict[str, Any] = {
+                "law": {"loss": level["law"] - taught + noise["law"], "key_accuracy": np.full(30, 0.5)},
+                "math": {"loss": level["math"].copy(), "kl": np.abs(forgot + noise["math"]) * (cell.arm != "base")},
+            }
+            values["law"]["key_accuracy"][3] = np.nan
+            if change:
+                change(cell, values)
+            folder = tmp_path / cell.name
+            write_json(folder / "selection.json", {"ids": [f"{cell.arm[0]}{i}" for i in range(3)] + ["shared"], "weights": []})
+            write_items(folder / "items.parquet", ITEMS, values)
+            answer = {
+                "test": "law",
+                "item": "l0",
+                "prompt": f"Why{hostile}?",
+                "reference": "So.",
+                "answer": f"{cell.arm}{hostile}",
+            }
+            write_json(folder / "generations.json", [answer])
+            result = {
+                "selection": {"examples": 40},
+                "training": {"steps": 5, "surgery_seconds": 1.0, "tokens": 10},
+                "seconds": {"gradients": 3.0, "select": 1.0, "train": 10.0, "evaluate": 4.0, "generate": 0.0},
+            }
+            found.append(Finished(cell, result, folder))
+        return found
+
+    return made
+
+
+def effect(summary: Summary, arm: str, test: str, metric: str) -> Effect:
+    return next(e for e in summary.effects if (e.arm, e.test, e.metric) == (arm, test, metric))
+
+
+def standing(summary: Summary, arm: str) -> Standing:
+    return next(one for one in summary.standings if one.arm == arm)
+
+
+def test_effects_are_the_means_written_out_and_turned_so_that_higher_is_better(write: Write) -> None:
+    cells = write()
+    summary = summarise(cells, record(list(TEACHES)), resamples=400)
+    values = {one.cell: one.measurements().values for one in cells}
+    for arm in TEACHES:
+        budget = None if arm == "full" else "10%"
+        own = [values[Cell(arm, budget, seed, "equal_steps")] for seed in SEEDS]
+        base, random = values[Cell("base")], [values[Cell("random", "10%", seed, "equal_steps")] for seed in SEEDS]
+        gains = [base["law"]["loss"][i] - o["law"]["loss"][i] for o in own for i in range(30)]
+        found = effect(summary, arm, "law", "loss")
+        assert found.against["base"].mean == pytest.approx(sum(gains) / 90)  # type: ignore[union-attr]
+        assert standing(summary, arm).gain.mean == pytest.approx(sum(gains) / 90)
+        forgetting = standing(summary, arm).forgetting
+        assert forgetting is not None
+        assert forgetting.mean == pytest.approx(sum(o["math"]["kl"][i] for o in own for i in range(20)) / 60)
+        assert forgetting.low <= forgetting.mean <= forgetting.high
+        if arm not in ("random", "full"):
+            over = [r["law"]["loss"][i] - o["law"]["loss"][i] for o, r in zip(own, random, strict=True) for i in range(30)]
+            assert found.against["random"].mean == pytest.approx(sum(over) / 90)  # type: ignore[union-attr]
+            assert standing(summary, arm).over_random.mean == pytest.approx(sum(over) / 90)  # type: ignore[union-attr]
+    assert effect(summary, "random", "law", "loss").against["random"] is None
+    assert effect(summary, "full", "law", "loss").against["full"] is None
+
+
+def test_verdicts_the_front_and_the_headline_follow(write: Write) -> None:
+    summary = summarise(write(), record(list(TEACHES)), resamples=400)
+    verdicts = {arm: standing(summary, arm).over_random for arm in ("good", "same", "bad")}
+    assert {arm: found.verdict for arm, found in verdicts.items() if found} == {"good": "win", "same": "tie", "bad": "loss"}
+    assert {arm for arm in TEACHES if standing(summary, arm).on_front} == {"good", "bad"}
+    assert standing(summary, "good").front_share > 0.95
+    assert standing(summary, "full").front_share < 0.05
+    # loss and key_accuracy of law, loss and kl of math: good wins in two, nothing differs in the others
+    assert standing(summary, "good").verdicts["random"] == {"win": 2, "tie": 2, "loss": 0, "unjudged": 0}
+    assert headline(summary) == "1 of 3 choices beat random"
+    assert "better than random of the same budget: good 10%; not told apart from it: same 10%; worse: bad 10%" in lead(summary)
+    assert "beside the untouched model: good 10% and bad 10%." in lead(summary)
+
+
+def test_accuracy_counts_the_other_way_and_items_without_a_value_are_left_out(write: Write) -> None:
+    def better(cell: Cell, values: dict[str, Any]) -> None:
+        if cell.arm == "good":
+            values["law"]["key_accuracy"][:10] += 0.25
+
+    found = effect(summarise(write(change=better), record(list(TEACHES)), resamples=200), "good", "law", "key_accuracy")
+    assert found.against["base"].mean == pytest.approx(9 * 0.25 / 29)  # type: ignore[union-attr]
+    assert found.against["base"].items == 29  # type: ignore[union-attr]
+
+
+def test_values_of_other_items_are_refused(write: Write) -> None:
+    def lose(cell: Cell, values: dict[str, Any]) -> None:
+        if cell.arm == "bad" and cell.seed == 1:
+            values["law"]["loss"][4] = np.nan
+
+    with pytest.raises(DataError, match="bad--10pct--1--equal_steps: its values of loss on law must be of the items of base"):
+        summarise(write(change=lose), record(list(TEACHES)), resamples=200)
+
+
+def test_nothing_is_judged_with_one_seed_or_without_methods_and_nothing_said_without_base(write: Write) -> None:
+    one = summarise(write(seeds=(0,)), record(list(TEACHES)), resamples=200)
+    assert headline(one) == "Nothing can be judged yet"
+    assert any("with one seed" in note for note in one.notes)
+    assert {found.verdict for e in one.effects for found in e.against.values() if found} == {"unjudged"}
+    bare = summarise(write(arms={"full": 0.3, "random": 0.2}), record(["full", "random"]), resamples=200)
+    assert headline(bare) == "Nothing can be judged yet"
+    with pytest.raises(DataError, match="the cell base must be finished"):
+        summarise(write()[1:], record(list(TEACHES)), resamples=200)
+
+
+def test_an_arm_with_fewer_seeds_is_compared_in_those_and_stands_not_on_the_front(write: Write) -> None:
+    cells = [one for one in write() if not (one.cell.arm == "good" and one.cell.seed == 2)]
+    summary = summarise(cells, record(list(TEACHES)), ["good--10pct--2--equal_steps"], resamples=300)
+    assert effect(summary, "good", "law", "loss").against["random"].seeds == 2  # type: ignore[union-attr]
+    assert not standing(summary, "good").on_front
+    assert math.isnan(standing(summary, "good").front_share)
+    assert "full" in {arm for arm in TEACHES if standing(summary, arm).on_front}
+    assert any("1 cells are not finished" in note for note in summary.notes)
+
+
+def test_overlaps_by_hand(write: Write) -> None:
+    names, rows = summarise(write(), record(list(TEACHES)), resamples=200).overlaps["10%"]
+    assert list(names) == ["random", "good", "same", "bad"]
+    assert rows[0][0] == 1.0
+    assert rows[0][1] == pytest.approx(1 / 7)
+
+
+def test_tables_hold_the_numbers(write: Write) -> None:
+    summary = summarise(write(), record(list(TEACHES)), resamples=300)
+    rows = list(csv.DictReader(io.StringIO(effects_csv(summary))))
+    assert len(rows) == len(summary.effects)
+    for row, e in zip(rows, summary.effects, strict=True):
+        assert float(row["mean"]) == e.mean
+        found = e.against["random"]
+        assert row["verdict_random"] == (found.verdict if found else "")
+    text = markdown(summary)
+    assert interval(standing(summary, "good").over_random, verdict=True) in text
+    assert "| good 10% | 40 | 5 |" in text
+    assert "full added, because no comparison may lack them" in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "text"),
+    [
+        (1.25, -0.5, 3.0, "+1.25 [−0.50, +3.00]"),
+        (0.0312, 0.01, 0.05, "+0.0312 [+0.0100, +0.0500]"),
+        (0.0, 0.0, 0.0, "+0.00 [+0.00, +0.00]"),
+    ],
+)
+def test_intervals_are_written_with_the_digits_they_need(mean: float, low: float, high: float, text: str) -> None:
+    from gradsieve.compare.statistics import Estimate
+
+    assert interval(Estimate(mean, low, high, 3, 9)) == text
+    assert interval(None) == "–"
+
+
+def test_figures_are_documents_that_hold_every_arm(write: Write) -> None:
+    summary = summarise(write(), record(list(TEACHES)), resamples=200)
+    drawn = figures(summary)
+    assert set(drawn) == {
+        "pareto-equal_steps", "gain-equal_steps", "forgetting-equal_steps", "cost-equal_steps", "overlap-10pct",
+    }  # fmt: skip
+    for name, svg in drawn.items():
+        root = ET.fromstring(svg)
+        texts = " ".join("".join(e.itertext()) for e in root.iter() if e.tag.endswith("text"))
+        assert all(arm in texts for arm in TEACHES if not (name.startswith("overlap") and arm == "full"))
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for circle in (e for e in root.iter() if e.tag.endswith("circle")):
+            assert 0 <= float(circle.attrib["cx"]) <= width
+            assert 0 <= float(circle.attrib["cy"]) <= height
+    points = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="\d"[^>]*><title>(\w+)', drawn["pareto-equal_steps"])
+    places = {arm: (float(x), float(y)) for x, y, arm in points}
+    assert places["good"][1] < places["random"][1] < places["bad"][1]  # more gain is higher up
+    assert places["bad"][0] < places["good"][0] < places["random"][0] < places["full"][0]  # more forgetting is further right
+
+
+def test_the_page_holds_the_results_and_escapes_the_data(write: Write) -> None:
+    hostile = "<script>window.hit = 1</script>"
+    summary = summarise(write(hostile=hostile), record(list(TEACHES), hostile), resamples=200)
+    page = render(summary, figures(summary))
+    assert "1 of 3 choices beat random" in page
+    assert interval(standing(summary, "good").over_random) in page
+    assert "<script" not in page
+    assert "&lt;script&gt;window.hit" in page
+    assert page.count("<svg") == 5
+    assert page == render(summary, figures(summary))
