@@ -185,15 +185,17 @@ def warm_up(
         recipe: How.
         compute: Number format and device.
         folder: See `folder_of`.
-        clock: Gets a stage `warm-up` if there is something to train.
+        clock: Gets the stages `loading the model (warm-up)` and `warm-up` if there is something to train.
         progress: Is told how many tokens are done.
     """
     if (folder / DONE).exists():
         return _read(folder / DONE)
-    from gradsieve.train import finetune
+    with clock.stage("loading the model (warm-up)"):
+        import gradsieve.train.trainer  # noqa: F401  # trl takes seconds, which are none of the training
+        from gradsieve.train import finetune
 
-    with clock.stage("warm-up") as written:
         model = _trainable(source, warmup, compute)
+    with clock.stage("warm-up") as written:
         trained = finetune(
             model, tokens, recipe, folder / TRAINING, progress=lambda _, done, total: progress("warm-up", done, total)
         )
