@@ -8,27 +8,21 @@ out/trained.json         numbers of the finished run, written last: with it, the
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import json
 import math
-import random
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import xxhash
 from torch import nn
 
 from gradsieve.clock import Progress, silent
-from gradsieve.data import IGNORE, Tokens
-from gradsieve.errors import DataError, InvalidArgument, MissingExtra, ModelError
+from gradsieve.data import Tokens
+from gradsieve.errors import InvalidArgument
+from gradsieve.train.checks import check, fingerprint, require_packages
+from gradsieve.train.lending import Before, known_renames, own_randomness
 from gradsieve.train.plan import Step, epoch_ends, make_plan
 from gradsieve.train.recipe import Recipe
 
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
     from gradsieve.train.trainer import PlannedTrainer
 
 STARTED, FINISHED, CHECKPOINTS, MODEL = "training.json", "trained.json", "checkpoints", "model"
-INSTALL = "pip install 'gradsieve[train]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +125,22 @@ def finetune(
         MissingExtra: trl is not installed.
         ModelError: The model cannot be trained this way, or its loss is no longer finite.
     """
-    _require_packages(recipe)
-    scaled = _check(model, tokens, recipe, weights, anchor, replay)
+    require_packages(recipe)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    scaled = check(model, tokens, recipe, weights, anchor, replay)
     plan = make_plan(recipe, len(tokens), len(replay), len(anchor))
     if math.ceil(recipe.warmup * len(plan)) >= len(plan):
         raise InvalidArgument(
             f"warmup must leave a step at the full rate, got {recipe.warmup:g} of {len(plan)} steps; set it to 0"
         )
-    _claim(out, recipe, _fingerprint(model, recipe, tokens, scaled, anchor, replay))
-    before = _Before.of(model)
+    _claim(out, recipe, fingerprint(model, recipe, tokens, scaled, anchor, replay))
+    before = Before.of(model)
     if (out / FINISHED).exists():
         return _load(model, recipe, out, before)
     try:
-        with _own_randomness(), _known_renames():
+        with own_randomness(), known_renames():
             trainer = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress)
     except BaseException:
         before.restore()
@@ -163,11 +159,8 @@ def finetune(
 def _train(
     model: nn.Module, data: Dataset, plan: Sequence[Step], recipe: Recipe, out: Path, progress: Progress
 ) -> PlannedTrainer:
-    from transformers.utils import logging as transformers_logging
-
     from gradsieve.train.trainer import PlannedTrainer, Spent, last_checkpoint
 
-    transformers_logging.disable_progress_bar()
     before = last_checkpoint(out / CHECKPOINTS)
     spent = before[1] if before else Spent()
     trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent)
@@ -176,111 +169,14 @@ def _train(
     return trainer
 
 
-# -- before ---------------------------------------------------------------------------------------------------------------
-
-
-def _require_packages(recipe: Recipe) -> None:
-    for name in ("trl", "accelerate"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtra(f"training needs the package {name}, which is not installed; {INSTALL}")
-    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
-
-    for name in recipe.report_to:
-        try:
-            get_reporting_integration_callbacks([name])
-        except ValueError as error:
-            raise InvalidArgument(f"report_to must name trackers of transformers, got {name!r}: {error}") from None
-        if name not in get_available_reporting_integrations():
-            raise MissingExtra(f"report_to names {name}, which is not installed; pip install {name}")
-
-
-def _check(
-    model: nn.Module,
-    tokens: Sequence[Tokens],
-    recipe: Recipe,
-    weights: Sequence[float] | None,
-    anchor: Sequence[Tokens],
-    replay: Sequence[Tokens],
-) -> list[float]:
-    """Checks that the arguments fit each other; returns the weights scaled to a mean of 1."""
-    _check_model(model, recipe)
-    if not tokens:
-        raise InvalidArgument("tokens must hold at least one example to train on, got none; raise the budget")
-    for name, examples in (("tokens", tokens), ("anchor", anchor), ("replay", replay)):
-        for position, example in enumerate(examples):
-            if not (example.labels[1:] != IGNORE).any():
-                raise DataError(f"{name}[{position}] must have a completion token after its first token; drop it")
-    for name, examples, setting, used in (
-        ("anchor", anchor, f"surgery {recipe.surgery}", recipe.surgery != "none"),
-        ("replay", replay, f"replay_share {recipe.replay_share:g}", recipe.replay_share > 0),
-    ):
-        if used and not examples:
-            raise InvalidArgument(f"{name} must hold examples with {setting}, got none; pass {name}=…")
-        if examples and not used:
-            raise InvalidArgument(f"{name} must be empty with {setting}, got {len(examples)} examples; set the recipe's")
-    return _scaled(weights, len(tokens))
-
-
-def _check_model(model: nn.Module, recipe: Recipe) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"the model must be a plain model of transformers, got {type(model).__name__}; "
-            "merge or take off its adapters first (merge_and_unload, unload)"
-        )
-    if hasattr(model, "peft_config"):
-        raise ModelError("the model must have no adapters, got some; call restore() of the run before")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if recipe.tuning == "full" and not dtypes <= {torch.float32, torch.float64}:
-        raise ModelError(
-            f"full tuning needs float32 weights (small updates vanish in {', '.join(sorted(map(str, dtypes)))}); "
-            "load the model in float32, and compute in bfloat16 by dtype: bfloat16"
-        )
-
-
-def _scaled(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    w = np.asarray(weights, dtype=np.float64)
-    if w.shape != (count,):
-        raise InvalidArgument(f"weights must be one per example ({count}), got {list(w.shape)}")
-    if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
-        raise InvalidArgument("weights must be finite, at least 0 and not all 0")
-    return [float(x) for x in w / w.mean()]
-
-
-def _fingerprint(
-    model: nn.Module,
-    recipe: Recipe,
-    tokens: Sequence[Tokens],
-    weights: Sequence[float],
-    anchor: Sequence[Tokens],
-    replay: Sequence[Tokens],
-) -> str:
-    """Returns a hash of all that decides the outcome."""
-    settings = {k: v for k, v in recipe.to_mapping().items() if k not in ("report_to", "device", "micro_batch", "save_steps")}
-    hasher = xxhash.xxh3_128(json.dumps([settings, list(weights)]).encode())
-    for examples in (tokens, anchor, replay):
-        hasher.update(f"{len(examples)}\n".encode())
-        for example in examples:
-            hasher.update(f"{len(example.input_ids)}\n".encode())
-            hasher.update(example.input_ids.tobytes())
-            hasher.update(example.labels.tobytes())
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return str(hasher.hexdigest())
-
-
-def _claim(out: Path, recipe: Recipe, fingerprint: str) -> None:
+def _claim(out: Path, recipe: Recipe, outcome: str) -> None:
     """Writes what the folder is for, or refuses one that is for something else."""
     from gradsieve.train.trainer import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     if (out / STARTED).exists():
         found = json.loads((out / STARTED).read_text())
-        if found["fingerprint"] == fingerprint:
+        if found["fingerprint"] == outcome:
             return
         ours = recipe.to_mapping()
         differing = [f"{k} {v} there, {ours.get(k)} here" for k, v in found["recipe"].items() if ours.get(k) != v]
@@ -288,7 +184,7 @@ def _claim(out: Path, recipe: Recipe, fingerprint: str) -> None:
             f"out must be a new folder or one of the same training, got {out}, where "
             f"{'; '.join(differing) or 'model, examples or weights differ'}; name another folder or remove it"
         )
-    write_json(out / STARTED, {"fingerprint": fingerprint, "recipe": recipe.to_mapping()})
+    write_json(out / STARTED, {"fingerprint": outcome, "recipe": recipe.to_mapping()})
 
 
 def _dataset(tokens: Sequence[Tokens], weights: Sequence[float], replay: Sequence[Tokens], anchor: Sequence[Tokens]) -> Dataset:
@@ -303,92 +199,6 @@ def _dataset(tokens: Sequence[Tokens], weights: Sequence[float], replay: Sequenc
             "weight": [*weights, *[1.0] * (len(replay) + len(anchor))],
         }
     )
-
-
-@contextmanager
-def _known_renames() -> Iterator[None]:
-    """Hides transformers' warnings that trl and peft still call activation checkpointing by its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
-        yield
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Gives the caller's global random states back afterwards: trainers seed them."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-
-
-@dataclass(frozen=True, eq=False)
-class _Before:
-    """A model as it was handed in, so that it can be put back, but for the weights of full tuning."""
-
-    model: Any
-    trains: bool
-    requires: Mapping[str, bool]
-    configs: Sequence[tuple[Any, Mapping[str, Any]]]
-    attributes: Mapping[str, Any]
-    hooks: Mapping[nn.Module, frozenset[int]]
-
-    @classmethod
-    def of(cls, model: Any) -> _Before:
-        return cls(
-            model,
-            model.training,
-            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-            [(part, copy.deepcopy(vars(part))) for part in (model.config, model.generation_config) if part is not None],
-            dict(vars(model)),
-            {module: frozenset(module._forward_hooks) for module in model.modules()},
-        )
-
-    def strip(self) -> None:
-        """Takes off what the trainer puts on a model beside adapters: its own forward, tags, checkpointing, hooks."""
-        if _checkpoints_activations(self.model):
-            getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
-        for module, known in self.hooks.items():
-            for number in set(module._forward_hooks) - known:
-                del module._forward_hooks[number]
-        for name in set(vars(self.model)) - set(self.attributes) - {"peft_config"}:
-            delattr(self.model, name)
-        if "forward" in self.attributes:
-            self.model.forward = self.attributes["forward"]
-        for part, values in self.configs:
-            vars(part).update(values)
-
-    def restore(self) -> nn.Module:
-        """Takes everything off and returns the model."""
-        _take_off_adapters(self.model)
-        self.strip()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.requires[name])
-            parameter.grad = None
-        self.model.train(self.trains)
-        return self.model  # type: ignore[no-any-return]
-
-
-def _checkpoints_activations(model: Any) -> bool:
-    """transformers renames the property in its version 6, and warns of the old name before that."""
-    kind = type(model)
-    name = "is_activation_checkpointing" if hasattr(kind, "is_activation_checkpointing") else "is_gradient_checkpointing"
-    return bool(getattr(model, name))
-
-
-def _take_off_adapters(model: Any) -> None:
-    """Puts each adapted layer's own layer back in its place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 # -- after ----------------------------------------------------------------------------------------------------------------
@@ -415,13 +225,13 @@ def _facts(trainer: PlannedTrainer, plan: Sequence[Step], out: Path) -> dict[str
     }
 
 
-def _load(model: Any, recipe: Recipe, out: Path, before: _Before) -> Trained:
+def _load(model: Any, recipe: Recipe, out: Path, before: Before) -> Trained:
     """Returns a finished run with its weights read from its folder."""
     facts = json.loads((out / FINISHED).read_text())
     if recipe.tuning == "lora":
         from peft import PeftModel
 
-        with _known_renames():
+        with own_randomness(), known_renames():
             live: Any = PeftModel.from_pretrained(model, str(out / MODEL))
     else:
         live = model
@@ -429,7 +239,7 @@ def _load(model: Any, recipe: Recipe, out: Path, before: _Before) -> Trained:
     return _trained(live, recipe, out, facts, before)
 
 
-def _trained(live: Any, recipe: Recipe, out: Path, facts: dict[str, Any], before: _Before) -> Trained:
+def _trained(live: Any, recipe: Recipe, out: Path, facts: dict[str, Any], before: Before) -> Trained:
     before.strip()
     live.zero_grad()
     live.eval()
