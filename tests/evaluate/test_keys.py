@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradsieve.data import Tokens
@@ -102,22 +103,20 @@ def test_all_tokens_of_a_character_that_several_write_touch_it(tokenizer: Any, e
     ] * 4 + [True] * 6 + [False]
 
 
-def test_words_of_a_vocabulary_with_longer_tokens(example: Any) -> None:
+def test_words_of_a_vocabulary_with_longer_tokens() -> None:
     """A token that writes a space and a word, or the end of one word and the start of the next, counts for either."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     pieces = ["<|end|>", "<unk>", "▁a", "▁bitter", "▁pill", "s12", "3", "▁", ":", "?"]
-    inner = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>"))
     inner = Tokenizer(models.WordLevel(vocab={p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
     inner.decoder = decoders.Metaspace()
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
-    import numpy as np
-
-    ids = np.array([9, 2, 3, 4, 5, 6, 0], dtype=np.int32)
-    labels = np.where(np.arange(7) > 0, ids, -100).astype(np.int32)
-    test = TestSet("t", "general", [example("a", "?", "a bitter pills123")], [Tokens(ids, labels, False)], "text")
-    found = marks([Completion.of(t, fast) for t in test.tokens], worked=False)
-    assert found.number.tolist() == [False, False, False, True, True, False]
-    assert found.key.tolist() == [False, True, True, True, False, False]
+    ids = np.array([9, 2, 3, 4, 5, 0, 6, 0], dtype=np.int32)
+    labels = np.where(np.arange(8) > 0, ids, -100).astype(np.int32)
+    item = Completion.of(Tokens(ids, labels, False), fast)
+    found = marks([item], worked=False)
+    assert item.text == "a bitter pills123"
+    assert found.number.tolist() == [False, False, False, True, False, True, False], "a special token writes nothing"
+    assert found.key.tolist() == [False, True, True, True, False, False, False]

@@ -92,7 +92,7 @@ def _characters(ids: list[int], tokenizer: Any) -> tuple[str, NDArray[np.int64],
         known = _common(decode(ids[: i + 1], tokenizer), text)
         first.append(done)
         end.append(done if token in special else min(max(known, done + 1), len(text)))
-        done = max(known, done)
+        done = known
     return text, np.array(first, dtype=np.int64), np.array(end, dtype=np.int64)
 
 
