@@ -20,7 +20,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.records import Finished, read_finished, read_items, read_results
 from gradsieve.compare.run import Comparison
-from gradsieve.compare.training import full_steps, make_job
+from gradsieve.compare.training import Job, full_steps, make_job, work
 from gradsieve.errors import InvalidArgument
 
 
@@ -221,6 +221,20 @@ def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None
             comparison.config.arm("replay"),
             comparison.chosen(cell),
         )
+
+
+def test_meteor_without_synonyms_is_kept_under_its_own_name(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    path = tmp_path / "said.jsonl"
+    path.write_text(json.dumps({"prompt": "Where from?", "completion": "From the steppe."}) + "\n")
+    content |= {"tests": {"said": {"role": "target", "files": str(path)}}, "metrics": ["rougeL", "meteor", "loss"]}
+    material = Comparison.of(parse_config(content, "x.yaml")).material
+    outcome, _ = work(material.source.load(material.dtype, material.device), material, Job(None), tmp_path / "cell")
+    assert list(outcome.values["said"]) == ["rougeL", "meteor_nosyn", "loss"]
 
 
 def test_data_may_differ_by_seed(content: dict[str, Any], tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def _examine(
 
 
 def _measure(model: Any, material: Material, trained: bool, base: Any, progress: Progress) -> Values:
-    """Returns the values per item by test and metric; the untouched model's KL to itself is 0."""
+    """Returns the values per item by test and metric; the untouched model's KL to itself is 0.
+
+    METEOR is called `meteor_nosyn` where there are no synonyms.
+    """
     values: dict[str, dict[str, np.ndarray]] = {}
     for test in material.tests:
         metrics = metrics_of(material.config, test)
@@ -211,7 +214,8 @@ def _measure(model: Any, material: Material, trained: bool, base: Any, progress:
         by_metric = {metric: column.numpy() for metric, column in found.items()}
         if "kl" in metrics and not trained:
             by_metric["kl"] = np.zeros(len(test.examples))
-        values[test.name] = {metric: by_metric[metric] for metric in metrics if metric in by_metric}
+        names = [name for metric in metrics for name in (metric, f"{metric}_nosyn") if name in by_metric]
+        values[test.name] = {name: by_metric[name] for name in names}
     return values
 
 
