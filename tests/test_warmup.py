@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,7 +125,7 @@ def test_the_probe_scores_every_example_where_it_ends_and_leaves_the_model_as_it
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     common = {"pool": data["pool"], "budget": "4", **EXACT}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    of_object = gs.select("grads", model=live, tokenizer=tokenizer, store=str(tmp_path / "a"), **common)
+    of_object = gs.select("grads", model=live, tokenizer=tokenizer, store=str(tmp_path / "a"), out=tmp_path / "out", **common)
     assert live.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())
     assert not hasattr(live, "peft_config")
@@ -139,6 +140,14 @@ def test_the_probe_scores_every_example_where_it_ends_and_leaves_the_model_as_it
     for column, name in (("norm/embedding", true.ends[0]), ("norm/lm_head", true.ends[1])):
         norms = [g[name].norm().item() for g in true.gradients]
         assert of_object.pool.columns[column].tolist() == pytest.approx(norms, rel=1e-6)
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
+    for group, name in (("embedding", true.ends[0]), ("lm_head", true.ends[1])):
+        G = torch.stack([g[name].flatten() for g in true.gradients])
+        assert scores[f"max/{group}"] == pytest.approx(G.amax(1).tolist(), rel=1e-6)
+        assert scores[f"min/{group}"] == pytest.approx(G.amin(1).tolist(), rel=1e-6)
+        assert scores[f"mean/{group}"] == pytest.approx(G.mean(1).tolist(), abs=1e-12)
+        assert scores[f"sd/{group}"] == pytest.approx(G.std(1, correction=0).tolist(), rel=1e-6)
+        assert scores[f"norm/{group}"] == pytest.approx(G.norm(dim=1).tolist(), rel=1e-6)
     of_folder = gs.select("grads", model=str(tiny_model), store=str(tmp_path / "b"), **common)
     assert of_folder.pool.columns["loss"].tolist() == pytest.approx(true.losses)
     as_it_is = gs.select("grads", settings={"probe_epochs": 0}, model=str(tiny_model), store=str(tmp_path / "b"), **common)

@@ -76,7 +76,7 @@ class G2IS:
     title: ClassVar[str] = "G2IS"
     picks_by: ClassVar[str] = "a walk over the graph of similar gradients, along the main directions of the target"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
-    cost: ClassVar[str] = "O(n d (k + v) + v n log n), v directions"
+    cost: ClassVar[str] = "a warm-up; O(n d (k + v) + v n log n), v directions"
     source: ClassVar[str] = "Zhao et al. 2025, arXiv:2502.11062"
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class GrADS:
         "and how little it resembles what is already chosen"
     )
     reads: ClassVar[str] = "embedding and LM-head norms (exact), sketch"
-    cost: ClassVar[str] = "O(ndk) at most; density O(n²), O(n) above 10,000"
+    cost: ClassVar[str] = "an epoch of training; O(ndk) at most; density O(n²), O(n) above 10,000"
     source: ClassVar[str] = "GrADS, arXiv:2511.08620"
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ class LESS:
     title: ClassVar[str] = "LESS"
     picks_by: ClassVar[str] = "how much an example's gradient resembles those of the target examples"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
-    cost: ClassVar[str] = "O((n + m) d c)"
+    cost: ClassVar[str] = "a warm-up and c times the gradients; O((n + m) d c)"
     source: ClassVar[str] = "Xia et al. 2024, arXiv:2402.04333"
 
     def __post_init__(self) -> None:
