@@ -28,13 +28,16 @@ ALLOWED = {
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},
     "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "extraction", "train"},
     "pipeline": BASE
-    | {"warmup", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"},
+    | {"warmup", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"}
+    | {"navigation", "overhead", "train"},
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
     "estimate": BASE | {"clock", "extraction", "pipeline"},
     "export": BASE | {"data", "models"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "compare": BASE
     | {"clock", "data", "demo", "models", "extraction", "selectors", "pipeline", "outputs", "report", "train", "evaluate"},
+    "overhead": set(),
+    "navigation": BASE | {"data", "evaluate", "extraction", "train"},
     "transfer": BASE | {"atomic", "clock", "data", "demo", "models", "pipeline", "selectors"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},
     "cli": BASE

@@ -436,3 +436,73 @@ def test_models_without_tokenizer_template_or_safe_weights_are_refused(
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50])
     with pytest.raises(ModelError, match="could not be loaded"):
         gs.select(GRADS, model=str(cut), pool=data["pool"], budget="5", **SMALL)
+
+
+def lines_of(result: gs.Result) -> list[str]:
+    return [*result.notes, *result.selection.notes]
+
+
+def test_the_policy_is_played_on_a_live_model_and_the_model_is_left_as_it_was(
+    data: dict[str, str], write_data: Write, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quick = {"clusters": 3, "updates": 2, "episodes": 3, "batch": 2, "measurements": 2, "fidelity": "navigator"}
+    run = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(tiny_model), **data, "budget": "8", "dim": 256}
+    for constraint in ("kl", "key"):
+        result = gs.select("ogs", settings={**quick, "constraint": constraint}, navigator_rate=1e-2, **run)
+        trace = result.selection.trace
+        assert set(trace["measured"]) == {"ogs", "threshold", "random"}
+        assert all(value["cost"] != 0 for value in trace["measured"].values())
+        assert len(trace["navigator"]["reward/measured"]) == 2
+        assert trace["measured_after"][-1] == 4
+    assert any("the anchor was split: 3 examples give the references" in line for line in lines_of(result))
+    assert result.references["anchor"].count == 3
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    again = gs.select("ogs", settings={**quick, "constraint": "key"}, navigator_rate=1e-2, **run)
+    assert again.selection.rows.tolist() == result.selection.rows.tolist()
+    assert again.selection.trace["measured"] == trace["measured"]
+
+
+def test_a_navigator_scores_in_the_place_of_the_model(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    result = gs.select("orth-only", model=str(tiny_model), navigator=str(small), **data, budget="4", **SMALL)
+    assert result.model.name == str(small)
+    assert any("did the scoring; ask `gradsieve transfer`" in line for line in result.notes)
+    assert result.overhead is not None
+    pool, anchor = (sum(result.sets[role].lengths) for role in ("pool", "anchor"))
+    chosen = int(result.pool.columns["tokens"][result.selection.rows].sum())
+    assert (result.overhead.choosing, result.overhead.whole, result.overhead.chosen) == (pool + anchor, 3 * pool, 3 * chosen)
+    assert gs.select("random", model=str(tiny_model), pool=data["pool"], budget="4").overhead is None
+
+
+def test_replay_examples_join_the_pool_and_are_told(
+    data: dict[str, str], write_data: Write, tiny_model: Path, tmp_path: Path
+) -> None:
+    replay = write_data("general", 9)
+    quick = {"clusters": 3, "general_clusters": 2, "updates": 2, "episodes": 3}
+    run = {"model": str(tiny_model), **data, **SMALL}
+    result = gs.select("ogs", settings=quick, replay=(str(replay),), budget="50%", out=tmp_path / "out", **run)
+    assert len(result.pool.ids) == 24 + 9
+    clusters = result.selection.trace["clusters"]
+    assert sum(c["rows"] for c in clusters if c["replay"]) == 9
+    drawn = [example.id for example in result.examples if example.id.startswith("general")]
+    assert result.selection.trace["replay_share"] == pytest.approx(len(drawn) / len(result.examples))
+    lines = (tmp_path / "out" / "selected.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["id"].startswith("general") for line in lines) == len(drawn)
+    from gradsieve.outputs import replay as do_again
+
+    assert do_again(tmp_path / "out" / "run.json", tmp_path / "again").selection.rows.tolist() == result.selection.rows.tolist()
+    with pytest.raises(InvalidArgument, match="replay must be left out with less"):
+        gs.select("less", replay=(str(replay),), budget="4", **run)
+    with pytest.raises(InvalidArgument, match=r"replay must have ids of its own, got 'pool-0'"):
+        gs.select("ogs", replay=(data["pool"],), budget="4", **run)
+    with pytest.raises(InvalidArgument, match="the demo has no replay"):
+        gs.select("ogs", replay=("demo",), budget="4", **run)

@@ -238,9 +238,9 @@ def measure_references(
     progress: Progress = silent,
 ) -> References:
     """Returns the unit directions of mean gradients (OGS-1) and contrasts (OGS-10); a set is measured once."""
-    sides = [side for source in sources.values() for side in _sides(source)]
+    sides = [side for source in sources.values() for side in token_sets(source)]
     uses = Counter(side.digest() for side in sides)
-    paired = {side.digest() for source in sources.values() if isinstance(source, Contrast) for side in _sides(source)}
+    paired = {side.digest() for source in sources.values() if isinstance(source, Contrast) for side in token_sets(source)}
     total = sum(sum(side.lengths) for side in {side.digest(): side for side in sides}.values())
     total += sum(sum(source.examples.lengths) for source in sources.values() if isinstance(source, UnitMean))
     done, trim = 0, Trimmer()
@@ -300,7 +300,8 @@ def _in_order(mean: MeanGradient, place: Mapping[bytes, int], side: TokenSet) ->
     return torch.cat(mean.sketches)[[place[key] for key in side.keys]]
 
 
-def _sides(source: Source) -> tuple[TokenSet, ...]:
+def token_sets(source: Source) -> tuple[TokenSet, ...]:
+    """Returns the sets that a reference is made of."""
     if isinstance(source, TokenSet):
         return (source,)
     return (source.examples,) if isinstance(source, UnitMean) else (source.right, source.wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -93,6 +94,21 @@ def hash_weights(folder: Path) -> str:
         if file.name != "moments.safetensors":
             _hash_file(hasher, file)
     return str(hasher.hexdigest())
+
+
+def weight_count(model: str | Path | torch.nn.Module) -> int:
+    """Returns the number of weights of a model, from the headers of its files or from the model object."""
+    if isinstance(model, torch.nn.Module):
+        return sum(parameter.numel() for parameter in model.parameters())
+    from safetensors import safe_open
+
+    folder = _folder(str(model))
+    folders = [folder, base] if (base := _adapter_base(folder)) else [folder]
+    total = 0
+    for file in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, trust_remote_code: bool = False) -> ModelSource:

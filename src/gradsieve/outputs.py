@@ -259,6 +259,7 @@ def _record(result: Result) -> dict[str, Any]:
             "tokens": int(result.pool.columns["tokens"][result.selection.rows].sum()),
             "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
         },
+        "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,
         "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
         "trace": {key: _plain(value) for key, value in result.selection.trace.items() if key not in per_row},
         "trace_columns": sorted(per_row),
@@ -272,9 +273,10 @@ def _record(result: Result) -> dict[str, Any]:
 
 def _from_anywhere(key: str, value: Any) -> Any:
     """A field of the job with its paths made absolute, so that the run can be replayed from another folder."""
-    if key == "corrupted":
+    if key in ("corrupted", "replay"):
         return [_absolute(file) for file in value]
-    is_path = (key in ("chat_template", "warmup_recipe") and value is not None) or (key == "model" and Path(value).is_dir())
+    is_folder = key in ("model", "navigator") and value is not None and Path(value).is_dir()
+    is_path = is_folder or (key in ("chat_template", "warmup_recipe") and value is not None)
     return _absolute(value) if is_path else value
 
 

@@ -32,13 +32,17 @@ from gradsieve.extraction import (
     plan,
     read_facts,
     reusable,
+    token_sets,
     write_facts,
 )
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
-from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype
+from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
+from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.overhead import Overhead, overhead
 from gradsieve.selectors import SELECTORS
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
+from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
 from gradsieve.warmup import Stop, require_training, stops_of
 
@@ -55,6 +59,11 @@ class Job:
         budget: How much to choose: 500 (examples), 5% (of the usable pool) or 200000tok (tokens).
         target: Files with examples of the ability you want; or `demo`.
         anchor: Files with general examples that must not be forgotten, with a category each if there are several; or `demo`.
+        replay: Files with general examples that ogs may draw too, in clusters of their own.
+        navigator: A smaller model of the same family that does the scoring in the place of `model`, which is then only what
+            will be trained; `gradsieve transfer` says whether it may.
+        navigator_rate: Learning rate of the Navigator's steps, for ogs with fidelity navigator.
+        navigator_warmup: Steps on random examples that every episode of the Navigator starts after.
         corrupted: Files with your own wrong copies of anchor or target examples, under the same ids, for contrasts.
         corruption: How wrong copies are made where `corrupted` has none; auto decides per category.
         format: Shape of the examples: messages, prompt-completion, alpaca, sharegpt; auto looks.
@@ -81,6 +90,10 @@ class Job:
     budget: str = "5%"
     target: tuple[str, ...] = ()
     anchor: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
+    navigator: str | None = None
+    navigator_rate: float = 2e-4
+    navigator_warmup: int = 0
     corrupted: tuple[str, ...] = ()
     corruption: How = "auto"
     format: Format = "auto"
@@ -116,7 +129,8 @@ class Result:
         references: Facts about the reference directions.
         notes: What the user must know beside the selection's own notes.
         clock: Cost per stage.
-        model: The model's files and hash.
+        model: The files and hash of the model that did the scoring.
+        overhead: What choosing cost beside training; None where no gradient was taken.
     """
 
     method: tuple[str, Selector]
@@ -131,6 +145,7 @@ class Result:
     notes: tuple[str, ...]
     clock: Clock
     model: ModelSource
+    overhead: Overhead | None
 
     def save(self, out: str | Path) -> Path:
         """Writes `selected.jsonl`, `scores.parquet`, `excluded.jsonl`, `run.json` and `report.html`; returns the folder."""
@@ -216,11 +231,17 @@ def select(
         anchor=names["anchor"],
     )
     name, selector = find_method(method, settings)
+    if config.replay and not getattr(selector, "replays", False):
+        raise InvalidArgument(f"--replay must be left out with {name}, which draws no replay examples; use ogs")
     run = Run.of(config, name, selector, Path(out) if out is not None else None, progress)
     problem = run.problem(data, model, tokenizer)
-    with run.clock.stage("selection"):
-        rng = torch.Generator().manual_seed(config.seed)
-        selection = selector.select(problem, Budget.parse(config.budget), rng)
+    try:
+        with run.clock.stage("selection"):
+            rng = torch.Generator().manual_seed(config.seed)
+            selection = selector.select(problem, Budget.parse(config.budget), rng)
+    finally:
+        if run.navigator is not None:
+            run.navigator.close()
     by_id = {example.id: example for example in run.sets["pool"].examples}
     result = Result(
         method=(name, selector),
@@ -235,6 +256,7 @@ def select(
         notes=tuple(run.notes),
         clock=run.clock,
         model=run.source,
+        overhead=run.overhead(problem.candidates, selection),
     )
     if out is not None:
         result.save(out)
@@ -286,6 +308,11 @@ class Run:
     sets: dict[str, TokenSet] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     corrupted: dict[str, Example] = field(default_factory=dict)
+    held_out: TokenSet | None = None
+    navigator: LoRANavigator | None = None
+    replayed: frozenset[str] = frozenset()
+    gradient_tokens: int = 0
+    trained_weights: int = 0
 
     @classmethod
     def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
@@ -313,12 +340,35 @@ class Run:
                 tokens.require_usable()
                 self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
                 self.sets[role] = self.thin(tokens) if self.thin else tokens
+        if "navigator" in self.needs:
+            self.sets["anchor"], self.held_out = split_anchor(self.sets["anchor"])
+            self.notes.append(
+                f"the anchor was split: {len(self.sets['anchor'].kept)} examples give the references, and forgetting is "
+                f"measured on the other {len(self.held_out.kept)}"
+            )
         engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
         compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
         if all(need in ("tokens", "completion_tokens") or need.startswith("meta/") for need in self.needs):
             return Problem(_without_gradients(self.sets["pool"], self._metadata(self.sets["pool"])))
         return self._gradients(source, compute, template)
+
+    def overhead(self, candidates: Gradients, selection: Selection) -> Overhead | None:
+        """Returns what choosing cost beside training; None where no gradient was taken."""
+        if not self.gradient_tokens:
+            return None
+        tokens = candidates.columns["tokens"]
+        trained = self.navigator.trained_tokens if self.navigator is not None else 0
+        measured = 0
+        if self.navigator is not None and self.held_out is not None:
+            passes = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
+            measured = self.navigator.measured * passes
+        ratio = 1.0
+        if self.job.navigator and self.trained_weights:
+            ratio = weight_count(self.job.navigator) / self.trained_weights
+        return overhead(
+            self.gradient_tokens, trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
+        )
 
     def excluded(self, candidates: Gradients) -> list[Excluded]:
         """Returns every example of the pool that is not among the candidates, with the reason."""
@@ -342,6 +392,14 @@ class Run:
                     f"{self.name} needs {flag}, got none; pass a JSONL, or `--{role} demo` for the built-in one"
                 )
         examples = {role: self._read_set(role, value) for role, value in data.items() if value}
+        if self.job.replay:
+            replay = self._read_set("replay", self.job.replay)
+            self.replayed = frozenset(example.id for example in replay)
+            if shared := self.replayed & {example.id for example in examples["pool"]}:
+                raise InvalidArgument(
+                    f"replay must have ids of its own, got {min(shared)!r}, which the pool has too; rename it"
+                )
+            examples["pool"] = [*examples["pool"], *replay]
         for role in set(examples) - {"pool"}:
             _refuse_overlap(role, examples[role], "pool", examples["pool"])
         if "target" in examples and "anchor" in examples:
@@ -354,6 +412,8 @@ class Run:
         files = _names(data)
         built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
         if any(built_in):
+            if role == "replay":
+                raise InvalidArgument("--replay must name files, got demo; the demo has no replay examples")
             if len(files) > 1:
                 raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
             from gradsieve.demo import demo_set, describe
@@ -401,6 +461,13 @@ class Run:
     def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
         if isinstance(model, str) and not model:
             raise InvalidArgument("--model must name a folder, a hub id or `demo`, got none")
+        if self.job.navigator:
+            self.trained_weights = weight_count(model) if model else 0
+            self.notes.append(
+                f"the navigator {self.job.navigator} did the scoring; ask `gradsieve transfer` whether it may choose for "
+                f"{self.job.model or 'the model that will be trained'}"
+            )
+            return find_model(self.job.navigator, tokenizer, trust_remote_code=self.job.trust_remote_code)
         return find_model(model, tokenizer, trust_remote_code=self.job.trust_remote_code)
 
     def _where(self, source: ModelSource) -> tuple[str, torch.dtype]:
@@ -438,7 +505,14 @@ class Run:
         facts = filled[stops[-1].name][1]
         shown = {name: fact for name, fact in facts.items() if name in references}
         groups = self._target_groups()
-        return Problem(views["pool"], views.get("target"), views.get("anchor"), shown, rates=rates, groups=groups)
+        behind = {part.digest(): sum(part.lengths) for source_set in references.values() for part in token_sets(source_set)}
+        each = sum(sum(self.sets[role].lengths) for role in self._roles()) + sum(behind.values())
+        self.gradient_tokens = len(stops) * each
+        if "navigator" in self.needs:
+            self.navigator = self._make_navigator(source.load(compute.dtype, compute.device), views["pool"])
+        return Problem(
+            views["pool"], views.get("target"), views.get("anchor"), shown, self.navigator, rates=rates, groups=groups
+        )
 
     def _target_groups(self) -> list[str]:
         """The abilities that the target's examples name, where there are at least two; those that name none are one more."""
@@ -470,6 +544,19 @@ class Run:
                 )
             facts |= self._fill(stop, references, stores, pending, "" if alone else f" ({stop.name})")
         return stores, facts
+
+    def _make_navigator(self, model: torch.nn.Module, pool: Gradients) -> LoRANavigator:
+        """Loads a model of its own: the engine's may be the caller's, and is gone where the store was full."""
+        assert self.held_out is not None
+        tokens = dict(zip(self.sets["pool"].ids, self.sets["pool"].tokens, strict=True))
+        settings = NavigatorSettings(
+            learning_rate=self.job.navigator_rate,
+            warmup=self.job.navigator_warmup,
+            batch_tokens=self.job.batch_tokens,
+            seed=self.job.seed,
+        )
+        candidates = [tokens[id] for id in pool.ids]
+        return make_navigator(model, candidates, self.sets["target"], self.held_out, self.source.tokenizer, settings)
 
     def _store_folder(self, fingerprint: str) -> Path:
         """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
@@ -558,6 +645,8 @@ class Run:
         """
         extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
         extra |= self._metadata(tokens) if tokens.name == "pool" else {}
+        if self.replayed and tokens.name == "pool":
+            extra["replay"] = torch.tensor([float(id in self.replayed) for id in tokens.ids], dtype=torch.float64)
         if tokens.name == "target" and (groups := self._target_groups()):
             own = [groups.index(tokens.examples[i].category or "none") for i in tokens.kept]
             extra["group"] = torch.tensor(own, dtype=torch.float64)

@@ -168,8 +168,12 @@ class Reference:
     cosines: Mapping[str, float] = field(default_factory=dict)
 
 
+Cost = Literal["kl", "loss", "key"]
+"""What is counted as forgetting: KL divergence from the base model, mean loss, mean loss of answer-bearing tokens."""
+
+
 class Navigator(Protocol):
-    """A live model that OGS may train and measure; implemented in `gradsieve.train`."""
+    """A live model that OGS may train and measure; implemented in `gradsieve.train.navigator`."""
 
     def reset(self) -> None:
         """Puts weights and optimizer back to the start of an episode."""
@@ -179,8 +183,8 @@ class Navigator(Protocol):
         """Takes one optimizer step on these candidate rows (int64 [b])."""
         ...
 
-    def losses(self) -> tuple[float, float]:
-        """Returns (L_dom, L_gen): the mean losses of the target set and of the anchor's hold-out."""
+    def losses(self, cost: Cost) -> tuple[float, float]:
+        """Returns (L_dom, L_gen) as the model stands: the target's mean loss, and the cost on the anchor's hold-out."""
         ...
 
 

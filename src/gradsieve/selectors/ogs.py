@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.clusters import cluster
 from gradsieve.selectors.directions import Directions
-from gradsieve.selectors.ogs_account import cluster_notes, policy_notes, trace
+from gradsieve.selectors.ogs_account import cluster_notes, navigator_notes, policy_notes, trace
 from gradsieve.selectors.ogs_anchor import Normalize
-from gradsieve.selectors.ogs_draws import Draws, arrange, threshold_scores
+from gradsieve.selectors.ogs_draws import arrange, threshold_scores
 from gradsieve.selectors.ogs_policy import PPO, train
+from gradsieve.selectors.ogs_refine import account, drive, refine
 from gradsieve.selectors.ogs_simulator import Simulator, Surface, total, unit_sums
 from gradsieve.selectors.ogs_static import Against, OGSStatic
 from gradsieve.selectors.ranking import best_first, id_order, pay, percentile
@@ -25,14 +28,14 @@ from gradsieve.types import Budget, Gradients, Problem, Selection
 if TYPE_CHECKING:
     from gradsieve.selectors.ogs_environment import OGSEnvironment
 
-Constraint = Literal["kl", "loss", "risk"]
-Fidelity = Literal["quadratic", "linear"]
+Constraint = Literal["kl", "loss", "key", "risk"]
+Fidelity = Literal["quadratic", "linear", "navigator"]
 Order = Literal["score", "random"]
 
 HORIZON = 64
 """Steps of an episode, about, where the batch is not given."""
 
-EPSILON = {"kl": 0.1, "loss": 0.01}
+EPSILON = {"kl": 0.1, "loss": 0.01, "key": 0.01}
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class OGS:
         clusters: Clusters of domain examples, at least 1.
         general_clusters: Clusters of replay examples, at least 1; read only if there are any.
         constraint: What is bounded. "kl": KL divergence to the base model on the anchor, as ½ δᵀFδ, in nats (Eq. OGS-11);
-            "loss": the relative rise of the anchor's mean loss (Eq. OGS-6); "risk": the mean risk of the chosen (Eq.
+            "loss": the relative rise of the anchor's mean loss (Eq. OGS-6); "key": of the loss of its answer-bearing tokens,
+            simulated like "loss" and then scaled to what the Navigator shows; "risk": the mean risk of the chosen (Eq.
             OGS-8), each weighted by what it costs of the budget.
         epsilon: The bound, above 0. By default 0.1 nats for "kl", 0.01 for "loss", the pool's median risk for "risk".
         fidelity: "quadratic" lets gains saturate and small conflicts add up; "linear" has no curvature, and then a
-            threshold rule is optimal. "kl" is all curvature and needs "quadratic".
+            threshold rule is optimal. "kl" is all curvature and needs another. "navigator": the quadratic one, scaled to what
+            a live model shows when it is trained on the policy's draws; half of the anchor is then held out to measure on.
         against: References behind the risk, as in ogs-static: "plain" (the mean of the anchor), "contrast", "both",
             "categories".
         normalize: How the mean of "plain" is taken, as in ogs-static: "none", "example", "category". The simulator's anchor
@@ -73,6 +78,8 @@ class OGS:
         updates: Rounds of training the policy, at least 1.
         episodes: Episodes sampled in a round, at least 1.
         learning_rate: Of Adam for policy and critics, above 0; it falls linearly to 0.
+        rounds: With fidelity "navigator", policies that are trained and played on the Navigator, at least 1.
+        measurements: With fidelity "navigator", how often the losses are measured in an episode, at least 1.
         multiplier_rate: How fast λ moves, at least 0: at r, a greedy episode of cost 2·epsilon or more raises the price of one
             epsilon by r times the reward of an episode at the pace of its best first draw.
     """
@@ -90,7 +97,11 @@ class OGS:
     updates: int = PPO.updates
     episodes: int = PPO.episodes
     learning_rate: float = PPO.learning_rate
+    rounds: int = 2
+    measurements: int = 8
     multiplier_rate: float = PPO.multiplier_rate
+
+    replays: ClassVar[bool] = True  # reads the column `replay`
 
     title: ClassVar[str] = "OGS"
     picks_by: ClassVar[str] = "a policy that learnt in a simulator what lowers the target's loss and harms the anchor little"
@@ -104,7 +115,7 @@ class OGS:
         check_choice("against", self.against, Against)
         check_choice("order", self.order, Order)
         OGSStatic(against=self.against, normalize=self.normalize)  # refuses what does not go together
-        for name in ("clusters", "general_clusters", "batch", "updates", "episodes"):
+        for name in ("clusters", "general_clusters", "batch", "updates", "episodes", "rounds", "measurements"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, got {value}")
@@ -114,6 +125,12 @@ class OGS:
                 raise InvalidArgument(f"{name} must be above 0 and finite, got {value}")
         if not 0 <= self.multiplier_rate < math.inf:
             raise InvalidArgument(f"multiplier_rate must be at least 0 and finite, got {self.multiplier_rate}")
+        if self.constraint == "key" and self.fidelity != "navigator":
+            raise InvalidArgument(f"constraint must be kl, loss or risk with fidelity {self.fidelity}, got key; use navigator")
+        if self.constraint == "risk" and self.fidelity == "navigator":
+            raise InvalidArgument(
+                "constraint must be kl, loss or key with fidelity navigator, which measures no risk, got risk"
+            )
         if self.constraint == "kl" and self.fidelity == "linear":
             raise InvalidArgument("constraint must be loss or risk with fidelity linear, which has no KL, got kl")
 
@@ -121,7 +138,8 @@ class OGS:
     def needs(self) -> frozenset[str]:
         """Sketches of pool, target and anchor, and the norm, loss and exact products of the pool."""
         rule = OGSStatic(against=self.against, normalize=self.normalize)
-        return rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"}
+        live = {"navigator"} if self.fidelity == "navigator" else set()
+        return rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"} | live
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which the greedy policy draws them; scores are those of `order`.
@@ -134,8 +152,25 @@ class OGS:
         world = _world(self, problem, budget, rng)
         ppo = PPO(self.updates, self.episodes, self.learning_rate, self.multiplier_rate)
         trained = train(world.simulator, ppo, rng)
-        pool, by_id = problem.candidates, id_order(problem.candidates.ids)
-        rows, notes = pay(_emitted(world.simulator.draws, trained.run.clusters), pool, budget)
+        pool, by_id, batch = problem.candidates, id_order(problem.candidates.ids), world.simulator.draws.batch
+        surfaces, refined = world.surfaces, None
+
+        def emitted(clusters: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+            """Returns the rows that are paid for, and the same by draw."""
+            supply = [iter(rows.split(batch)) for rows in world.simulator.draws.rows]
+            drawn = [next(supply[c]) for c in clusters]
+            rows = budget.take(torch.cat(drawn), pool)
+            parts = rows.split([min(len(part), left) for part, left in zip(drawn, _left(drawn, len(rows)), strict=True)])
+            return rows, [part for part in parts if len(part)]
+
+        if problem.navigator is not None and self.fidelity == "navigator" and self.constraint != "risk":
+            refined = refine(
+                world.simulator, trained, problem.navigator, self.constraint, ppo, rng, lambda clusters: emitted(clusters)[1],
+                rounds=self.rounds, points=self.measurements,
+            )  # fmt: skip
+            trained, s = refined.trained, refined.scales
+            surfaces = surfaces[0].scaled(s.gain, s.saturation), surfaces[1].scaled(s.rise, s.harm)
+        rows, notes = pay(emitted(trained.run.clusters)[0], pool, budget)
         eligible = by_id[~world.scores[by_id].isnan()]
         subsets = {
             "ogs": rows,
@@ -143,10 +178,18 @@ class OGS:
             "ogs-static": world.rule.rows,
             "random": budget.take(eligible[torch.randperm(len(eligible), generator=rng)], pool),
         }
-        predicted = {name: total(world.surfaces, world.directions, subset) for name, subset in subsets.items()}
+        predicted = {name: total(surfaces, world.directions, subset) for name, subset in subsets.items()}
         facts = trace(world.simulator, trained, predicted, rows, world.columns, world.general)
         facts |= {"step": world.step, "order_lambda": world.penalty, "constraint": self.constraint}
         said = policy_notes(self.constraint, world.simulator.epsilon, trained, predicted)
+        if refined is not None and problem.navigator is not None and self.constraint != "risk":
+            measured = {"ogs": refined.rounds[refined.best][1].total}
+            for name in ("threshold", "random"):
+                parts = subsets[name].split(batch)
+                measured[name] = drive(problem.navigator, parts, self.constraint, 1).total
+            facts |= account(refined, world.simulator)
+            facts["measured"] = {name: {"reward": r, "cost": c} for name, (r, c) in measured.items()}
+            said += navigator_notes(self.constraint, world.simulator.epsilon, measured, refined.scales.gain)
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), world.scores, facts, (*world.notes, *said, *notes))
 
     def environment(self, problem: Problem, budget: Budget, rng: torch.Generator) -> OGSEnvironment:
@@ -283,7 +326,7 @@ def _surfaces(
         risk: float64 [n], what each row adds to the mean risk of the chosen.
         pace: η/b: rows add that much of their unit gradient.
     """
-    bend = pace**2 if ogs.fidelity == "quadratic" else 0.0
+    bend = pace**2 if ogs.fidelity != "linear" else 0.0
     start = _mean_loss(problem.targets, "targets")
     domain, anchor = losses[0].scaled(pace / start, bend / start), losses[1]
     if ogs.constraint == "kl":
@@ -305,7 +348,7 @@ def _mean_loss(gradients: Gradients | None, name: str) -> float:
     return loss
 
 
-def _emitted(draws: Draws, clusters: tuple[int, ...]) -> Tensor:
-    """Returns the rows of an episode in the order of drawing: int64."""
-    supply = [iter(rows.split(draws.batch)) for rows in draws.rows]
-    return torch.cat([next(supply[c]) for c in clusters])
+def _left(parts: Sequence[Tensor], total: int) -> list[int]:
+    """Returns how many of `total` rows are left before each part, at least 0."""
+    before = [0, *accumulate(len(part) for part in parts)]
+    return [max(0, total - b) for b in before[:-1]]

@@ -104,6 +104,35 @@ def policy_notes(constraint: str, epsilon: float, trained: Trained, predicted: d
     return notes
 
 
+def navigator_notes(constraint: str, epsilon: float, measured: dict[str, Prediction], gain: float) -> list[str]:
+    """Returns what must be said of the episodes on the Navigator.
+
+    Args:
+        constraint: The cost's name.
+        epsilon: Its bound.
+        measured: Reward and cost of `ogs`, `threshold` and `random`.
+        gain: Factor between the first-order gain that was simulated and the one that was seen.
+    """
+    notes, (reward, cost) = [], measured["ogs"]
+    if not gain > 0:
+        notes.append(
+            "nothing that the simulator took for a gain was one on the Navigator, so the policy was not refined; check the "
+            "target, or lower --navigator-rate"
+        )
+    if cost > epsilon:
+        notes.append(
+            f"bound not met on the Navigator: a measured {constraint} cost of {cost:.4g}, above epsilon {epsilon:.4g}; "
+            "lower the budget or --navigator-rate, add replay examples, or raise --epsilon"
+        )
+    for name in ("threshold", "random"):
+        if not _beats((reward, cost), measured[name], epsilon):
+            notes.append(
+                f"on the Navigator the policy did not beat {name}: reward {reward:.4g} at cost {cost:.4g}, {name} "
+                f"{measured[name][0]:.4g} at {measured[name][1]:.4g}, epsilon {epsilon:.4g}"
+            )
+    return notes
+
+
 def _beats(a: Prediction, b: Prediction, epsilon: float) -> bool:
     """Returns whether a keeps the bound and b does not, or both do and a's reward is larger, or neither and a costs less."""
     if (a[1] <= epsilon) != (b[1] <= epsilon):

@@ -1,0 +1,73 @@
+"""What a Navigator is measured on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradsieve.data import read_examples
+from gradsieve.errors import InvalidArgument
+from gradsieve.extraction import TokenSet
+from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.train.navigator import NavigatorSettings
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def tokenized(write_data: Write, tiny_model: Path) -> Callable[..., TokenSet]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def read(*names: tuple[str, int]) -> TokenSet:
+        files = [str(write_data(name, n, category=name)) for name, n in names]
+        return TokenSet.of("anchor", read_examples(files).examples, tokenizer, max_length=512)
+
+    return read
+
+
+def test_the_anchor_is_halved_by_category_whatever_its_order(tokenized):
+    anchor = tokenized(("math", 7), ("code", 4))
+    halves = split_anchor(anchor)
+    shuffled = anchor.restricted("anchor", list(range(len(anchor.kept)))[::-1])
+    assert [sorted(half.ids) for half in halves] == [sorted(half.ids) for half in split_anchor(shuffled)]
+    assert sorted([*halves[0].ids, *halves[1].ids]) == sorted(anchor.ids)
+    for half, sizes in zip(halves, ({"math": 4, "code": 2}, {"math": 3, "code": 2}), strict=True):
+        assert Counter(half.examples[i].category for i in half.kept) == sizes
+
+
+def test_equal_examples_stay_together(tokenized):
+    anchor = tokenized(("math", 5))
+    twice = anchor.restricted("anchor", [0, 0, 1, 2, 3, 3, 4])
+    reference, held_out = split_anchor(twice)
+    assert not set(reference.keys) & set(held_out.keys)
+    with pytest.raises(InvalidArgument, match="at least 4 different usable examples"):
+        split_anchor(anchor.restricted("anchor", [0, 0, 0, 1]))
+
+
+def test_each_cost_is_what_it_says(tokenized, tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    target, held_out = tokenized(("math", 4)), tokenized(("math", 3), ("code", 2))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    settings = NavigatorSettings(rank=2, learning_rate=1e-2)
+    with make_navigator(model, target.tokens, target, held_out, tokenizer, settings) as navigator:
+        domain, loss = navigator.losses("loss")
+        naive = []
+        for tokens in held_out.tokens:
+            ids, labels = (torch.from_numpy(x).long()[None] for x in (tokens.input_ids, tokens.labels))
+            naive.append(float(navigator._live(input_ids=ids, labels=labels).loss.detach()))
+        assert loss == pytest.approx(sum(naive) / len(naive), rel=1e-5)
+        assert navigator.losses("kl")[1] == pytest.approx(0, abs=1e-6)
+        key = navigator.losses("key")[1]
+        assert key != pytest.approx(loss)
+        for _ in range(5):
+            navigator.step(torch.arange(4))
+        assert navigator.losses("loss")[0] < domain
+        assert navigator.losses("kl")[1] > 1e-4
