@@ -24,6 +24,7 @@ from gradsieve.pipeline import Job, find_method, method_class, select
 from gradsieve.rebuild import Rebuild
 from gradsieve.selectors import SELECTORS
 from gradsieve.selectors.metadata import Metadata
+from gradsieve.transfer import Transfer
 from gradsieve.types import Budget
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,7 @@ def allowed_flags(words: list[str]) -> set[str]:
         "export": flags_of(Export),
         "report": flags_of(Rebuild),
         "compare": flags_of(Compare),
+        "transfer": flags_of(Transfer) | {"--config"},
     }
     return known.get(command, set()) | {"--help"}
 

@@ -443,8 +443,6 @@ def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
     for cost in result.clock.costs:
         stages.add_row(cost.stage, f"{cost.wall_seconds:.1f}", f"{cost.cpu_seconds:.1f}")
     console.print(stages, highlight=False)
-    if result.overhead is not None:
-        console.print(str(result.overhead), markup=False, highlight=False)
     n = len(result.pool.ids)
     left_out = f", {len(result.excluded)} could not be used" if result.excluded else ""
     console.print(f"{result.method[0]} chose {len(selection.rows)} of {n} examples{left_out}.", markup=False, highlight=False)

@@ -242,6 +242,9 @@ def select(
     finally:
         if run.navigator is not None:
             run.navigator.close()
+    spent = run.overhead(problem.candidates, selection)
+    if spent is not None:
+        run.notes.append(str(spent))
     by_id = {example.id: example for example in run.sets["pool"].examples}
     result = Result(
         method=(name, selector),
@@ -256,7 +259,7 @@ def select(
         notes=tuple(run.notes),
         clock=run.clock,
         model=run.source,
-        overhead=run.overhead(problem.candidates, selection),
+        overhead=spent,
     )
     if out is not None:
         result.save(out)
