@@ -11,7 +11,8 @@ from gradsieve.data.batches import pad
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import TestSet, measure
 from gradsieve.evaluate.completion import Completion
-from gradsieve.evaluate.generation import generate, stop_tokens
+from gradsieve.evaluate.generation import Generated, generate, stop_tokens
+from gradsieve.evaluate.measure import text_scores
 
 LIMIT = 24
 
@@ -158,3 +159,13 @@ def test_a_model_that_says_the_answer_scores_full(questions: Any, facts: Any, to
     assert found["facts"]["stopped"].tolist() == [1.0] * 3
     assert found["math"]["exact_number"].tolist() == [1.0]
     assert found["math"]["key_accuracy"].tolist() == [1.0]
+
+
+def test_an_answer_that_was_cut_off_has_no_number_to_reach(example: Any, tokenizer: Any) -> None:
+    rows = [example("a", "?", "So it is = 12 ####12"), example("b", "?", "So we see = 12, and therefore = 34")]
+    test = TestSet.of("t", "general", rows, tokenizer, max_length=42)
+    items = [Completion.of(tokens, tokenizer) for tokens in test.tokens]
+    written = [Generated("It is 12", 9, True), Generated("It is 12", 9, False)]
+    scores = text_scores(["exact_number"], items, written, worked=True)
+    assert scores["exact_number"].tolist() == pytest.approx([1.0, float("nan")], nan_ok=True)
+    assert scores["stopped"].tolist() == [1.0, 0.0]
