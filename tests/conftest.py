@@ -13,6 +13,10 @@ CHATML = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default=None, help="where test_devices.py computes: cuda, mps, cpu; an accelerator by default")
+
+
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer of 256 letters and the ChatML marks."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

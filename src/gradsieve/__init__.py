@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradsieve.errors import DataError as DataError
     from gradsieve.errors import GradsieveError as GradsieveError
     from gradsieve.errors import InvalidArgument as InvalidArgument
+    from gradsieve.errors import MemoryLimit as MemoryLimit
     from gradsieve.errors import MissingExtra as MissingExtra
     from gradsieve.errors import ModelError as ModelError
     from gradsieve.errors import StoreCorrupt as StoreCorrupt
@@ -51,7 +52,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "gradsieve.errors": (
-        "DataError", "GradsieveError", "InvalidArgument", "MissingExtra", "ModelError",
+        "DataError", "GradsieveError", "InvalidArgument", "MemoryLimit", "MissingExtra", "ModelError",
         "StoreCorrupt", "StoreError", "StoreMismatch",
     ),
     "gradsieve.pipeline": ("Job", "Result", "select"),

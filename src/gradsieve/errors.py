@@ -7,6 +7,7 @@
     ├── StoreError                      a store cannot be used
     │   ├── StoreMismatch               it was made with other settings (both sides are in the message)
     │   └── StoreCorrupt                bytes on disk are not the bytes that were written
+    ├── MemoryLimit                     a single example does not fit in memory; the message has cures
     └── MissingExtra (ImportError)      an optional dependency is not installed; the message has the pip command
 
 The command line prints each of these as one line and exits with status 2. Any other exception is a bug of gradsieve.
@@ -41,6 +42,10 @@ class StoreMismatch(StoreError):
 
 class StoreCorrupt(StoreError):
     """Bytes on disk are not the bytes that were written; the message names the file."""
+
+
+class MemoryLimit(GradsieveError):
+    """A single example does not fit in memory beside the model; the message says what makes it smaller."""
 
 
 class MissingExtra(GradsieveError, ImportError):

@@ -148,7 +148,9 @@ def first_readers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 def naive(model: nn.Module, rows: Sequence[Row], reduction: str = "mean") -> Naive:
     """One float64 forward and backward per example, with a loss of its own."""
-    twin: Any = copy.deepcopy(model).double().eval().requires_grad_(True)
+    twin: Any = copy.deepcopy(model).double().eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     head, embedding = twin.get_output_embeddings(), twin.get_input_embeddings()
     tied = head.weight is embedding.weight
     if tied:
@@ -163,7 +165,7 @@ def naive(model: nn.Module, rows: Sequence[Row], reduction: str = "mean") -> Nai
         nll = -scores[target != -100].gather(1, target[target != -100][:, None]).sum()
         (nll / (target != -100).sum() if reduction == "mean" else nll).backward()
         losses.append(float(nll.detach() / (target != -100).sum()))
-        gradients.append({name: laid_out(name, p, owner[name]) for name, p in twin.named_parameters()})
+        gradients.append({name: laid_out(name, p, owner[name]) for name, p in twin.named_parameters() if p.requires_grad})
     return Naive(losses, gradients, (ends[0], ends[1]), tied, twin)
 
 

@@ -99,3 +99,8 @@ def test_rows_that_are_zero_count_in_statistics_unless_every_token_was_met() -> 
     columns = own.columns(("mean", "sd", "norm"), "g")
     assert columns["mean/g"].tolist() == [0.75, 4.5]
     assert columns["sd/g"][0].item() == pytest.approx((5 / 4 - 0.75**2) ** 0.5)
+
+
+def test_squares_of_rows_are_added_up_in_float64() -> None:
+    squares = layers.squared_norm(torch.tensor([[[4096.0], [1.0]]]))
+    assert squares.tolist() == [2.0**24 + 1]  # one more than float32 can tell from 2**24

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradsieve.gradients import vocabulary
 
@@ -74,3 +75,13 @@ def test_extremes_that_are_not_a_number_are_not_hidden() -> None:
     smallest, largest = vocabulary.extremes(torch.ones(5, 3, dtype=torch.float64), lambda part: e[:, part], tiles(600, 64))
     assert smallest.isnan()
     assert largest.isnan()
+
+
+@pytest.mark.parametrize(("T", "D"), [(40, 8), (8, 40)])
+def test_the_norm_comes_from_the_smaller_of_gram_matrix_and_products(T: int, D: int) -> None:
+    e = softmax_errors(0, T, 900, 1.0)
+    h = torch.randn(T, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        squares, _ = vocabulary.squared_norm_and_total(h, lambda part: e[:, part], tiles(900, 300))
+    assert torch.allclose(squares, (e.T @ h).square().sum(), rtol=1e-9)
+    assert counter.get_total_flops() <= 2 * (T * min(T, D) * 900 + T * T * D)

@@ -136,7 +136,7 @@ class Accumulator:
 
     def _needs_tensor(self, call: Call, sharers: int) -> bool:
         sums, length = self.sums, self.batch.input_ids.shape[1]
-        if sums.mean is not None or sums.extremes or sums.references.names or call.module in self.tools.repeated:
+        if sums.mean is not None or sums.extremes or sums.references.full or call.module in self.tools.repeated:
             return True
         return any(sums.way(site, length, sharers).products if site.is_linear else site.kind != "bias" for site in call.sites)
 

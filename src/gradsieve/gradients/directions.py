@@ -11,7 +11,10 @@ from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.gradients.layers import squared_norm
+from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.types import Reference
+
+WIDE = "wide sketch"  # stands in for a parameter's name where directions are sketches of all parameters
 
 
 @dataclass(eq=False)
@@ -138,11 +141,13 @@ class References:
         names: r names.
         tensors: [r, d_out, d_in] by parameter name, every direction of norm 1 over all parameters.
         facts: What is known about each.
+        wide: The projection, where the directions are sketches (`gradsieve.gradients.wide`): [r, 1, d] under `WIDE`.
     """
 
     names: tuple[str, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Reference] = field(default_factory=dict)
+    wide: SketchPlan | None = None
 
     @classmethod
     def stack(cls, means: Mapping[str, MeanGradient]) -> References:
@@ -157,8 +162,8 @@ class References:
         return cls.of_units(units)
 
     @classmethod
-    def of_units(cls, units: Mapping[str, UnitDirection]) -> References:
-        """Returns the stack of unit directions, emptying them parameter by parameter."""
+    def of_units(cls, units: Mapping[str, UnitDirection], wide: SketchPlan | None = None) -> References:
+        """Returns the stack of unit directions, emptying them parameter by parameter; `wide` where they are sketches."""
         tensors, gram = {}, torch.zeros(len(units), len(units), dtype=torch.float64)
         for key in list(next(iter(units.values())).tensors) if units else ():
             tensors[key] = torch.stack([unit.tensors.pop(key) for unit in units.values()])
@@ -170,11 +175,16 @@ class References:
             name: replace(units[name].fact, cosines=dict(zip(names, row, strict=True)))
             for name, row in zip(names, cosines, strict=True)
         }
-        return cls(names, tensors, facts)
+        return cls(names, tensors, facts, wide)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are directions, and they are whole gradients."""
+        return bool(self.names) and self.wide is None
 
     def of(self, key: str) -> Tensor:
-        """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without references."""
-        return self.tensors[key] if self.names else torch.empty(0, 0, 0)
+        """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without full references."""
+        return self.tensors[key] if self.full else torch.empty(0, 0, 0)
 
 
 def _products(rows: Tensor) -> Tensor:

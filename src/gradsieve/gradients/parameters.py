@@ -116,6 +116,12 @@ def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
     return [site for name, site in sites.items() if name in chosen and isinstance(site, Site)]
 
 
+def chosen_size(model: nn.Module, spec: str) -> int:
+    """Returns the numbers in one gradient over the parameters that `spec` names; tied weights count once."""
+    sites = choose_parameters(unwrap(model), spec)
+    return sum({id(site.parameter): site.parameter.numel() for site in sites}.values())
+
+
 def _sites(model: nn.Module) -> dict[str, Site | str]:
     """Returns every parameter's site by name; a parameter without a rule has its module's class name instead."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gradsieve.errors import ModelError
 from gradsieve.gradients.extremes import Ranked
 from gradsieve.gradients.parameters import Site
+from gradsieve.gradients.sketch import SketchPlan
 
 
 class Reading:
@@ -25,7 +26,7 @@ class Reading:
     Attributes:
         name: The first reader's parameter name: it names the projection that all readers share.
         sharers: How many layers read it.
-        projected: a P [B, T, k], once made.
+        projected: a P [B, T, k] by projection, once made.
         gram: a aᵀ [B, T, T], once made.
         sums: Σ over d_in of a, [B, T], once made.
         ranked: a by the norms of its columns, once made.
@@ -35,7 +36,7 @@ class Reading:
         self.name = name
         self.sharers = 1
         self.calls: list[Call] = []
-        self.projected: Tensor | None = None
+        self.projected: dict[SketchPlan, Tensor] = {}
         self.gram: Tensor | None = None
         self.sums: Tensor | None = None
         self.ranked: Ranked | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -43,6 +43,11 @@ class EngineSettings:
             raise InvalidArgument(f"less_form must go with direction adam, got {self.direction}; leave it out")
 
 
+def plain(settings: EngineSettings) -> EngineSettings:
+    """Returns the settings with plain gradients for their direction: those of references."""
+    return replace(settings, direction="sgd", less_form=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Padded examples, padding on the right: a causal model then needs no attention mask.
@@ -51,11 +56,13 @@ class Batch:
         input_ids: int64 [B, T].
         labels: int64 [B, T], -100 where there is no loss; unshifted, as transformers has them.
         scale: float [B], a factor on each example's gradient; None for 1.
+        position_ids: int64 [B, T], for packed rows: where positions begin anew, attention does too. None for 0, 1, 2, …
     """
 
     input_ids: Tensor
     labels: Tensor
     scale: Tensor | None = None
+    position_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gradsieve.gradients import layers, vocabulary
-from gradsieve.gradients.directions import MeanGradient, References
+from gradsieve.gradients.directions import WIDE, MeanGradient, References
 from gradsieve.gradients.extremes import Ranked, smallest_and_largest
 from gradsieve.gradients.head import Errors, Supervised
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.readings import Reading
 from gradsieve.gradients.settings import Block
+from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.gradients.statistics import Statistics
 from gradsieve.gradients.tools import Tools
 
@@ -38,12 +39,10 @@ class Sums:
     """
 
     def __init__(self, tools: Tools, batch: int, mean: MeanGradient | None = None) -> None:
-        k = tools.settings.sketch.side
         self.tools, self.mean = tools, mean
         self.references = References() if mean is not None else tools.references
         self.adam = tools.adam if mean is None else None
         self.norm = tools.settings.norms or tools.moments or mean is not None
-        self.sketched = mean is None or mean.sketched
         self.extremes = tools.extremes and mean is None
         self.moments = tools.moments and mean is None
         self.groups = {"": Statistics(batch, sum(site.parameter.numel() for site in tools.sites), tools.device)}
@@ -51,14 +50,16 @@ class Sums:
             for name, weight in zip(SIGNALS, (tools.embedding.weight, tools.head.module.weight), strict=True):
                 self.groups[name] = Statistics(batch, weight.numel(), tools.device)
         self.counts = torch.zeros(batch, dtype=torch.float64, device=tools.device)
-        self._cells = torch.zeros(batch, k, k, dtype=tools.dtype, device=tools.device)
+        plans = tools.plans if mean is None else tools.plans[: int(mean.sketched)]
+        self._cells = {plan: torch.zeros(batch, plan.side, plan.side, dtype=tools.dtype, device=tools.device) for plan in plans}
         self._dots = torch.zeros(batch, len(self.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(batch, dtype=torch.float64, device=tools.device)
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sketch(self) -> Tensor:
         """Returns the finished sketches, float32 [B, d]."""
-        return self.tools.fold(self._cells)
+        plan = self.tools.settings.sketch
+        return self.tools.fold(plan, self._cells[plan])
 
     def block(self) -> Block:
         """Returns the finished sketches and columns."""
@@ -70,6 +71,9 @@ class Sums:
                 columns |= statistics.columns(EXTREMES, group)
             elif group:
                 columns |= statistics.columns(EXTREMES if self.extremes else MOMENTS, group)
+        if self.references.wide is not None:
+            wide = self.tools.fold(self.references.wide, self._cells[self.references.wide])
+            self._dots += wide @ self.references.tensors[WIDE][:, 0].T
         columns |= {f"dot/{name}": self._dots[:, i] for i, name in enumerate(self.references.names)}
         return Block(self.sketch(), columns)
 
@@ -83,10 +87,10 @@ class Sums:
             d_out,
             d_in,
             sharers,
-            side=self.tools.settings.sketch.side if self.sketched else 0,
+            side=sum(plan.side for plan in self._cells),
             norm=self.norm,
             extremes=self.extremes,
-            references=len(self.references.names),
+            references=len(self.references.names) if self.references.full else 0,
             half=site.parameter.dtype.itemsize < 4,
         )
 
@@ -105,7 +109,8 @@ class Sums:
 
     def prepare(self, reading: Reading, a: Tensor) -> None:
         """Makes all that a reading's layers want of a [B, T, d_in] where none of them wants the tensor itself."""
-        self._project(reading, a)
+        for plan in self._cells:
+            self._project(plan, reading, a)
         if self.norm:
             self._gram(reading, a)
         if self.moments:
@@ -129,9 +134,9 @@ class Sums:
         if self.mean is not None:
             assert a is not None
             self.mean.add_product(site.name, b.flatten(0, 1), a.flatten(0, 1), part)
-        if self.sketched and not way.sketch_products:
-            left = b @ self.tools.projection(f"{site.name}/out", site.shape[0], b.dtype)[part]
-            self._cells[rows] += torch.bmm(left.mT, self._project(reading, a))
+        for plan, cells in self._cells.items() if not way.sketch_products else ():
+            left = b @ self.tools.projection(plan, f"{site.name}/out", site.shape[0], b.dtype)[part]
+            cells[rows] += torch.bmm(left.mT, self._project(plan, reading, a))
         if self.moments and self.adam is None:
             total = (b.sum(2) * self._input_sums(reading, a)).sum(1, dtype=torch.float64)
             for group in groups:
@@ -144,7 +149,7 @@ class Sums:
             squares = layers.squared_norm_by_gram(self._gram(reading, a), b)
             for group in groups:
                 group.squares[rows] += squares
-        if self.references.names:
+        if self.references.full:
             assert a is not None
             self._dots[rows] += layers.dots_around(a, b, self.references.of(site.name)[:, part])
         if self.extremes:
@@ -152,11 +157,11 @@ class Sums:
             for group in groups:
                 group.extend(smallest, largest, rows)
 
-    def _project(self, reading: Reading, a: Tensor | None) -> Tensor:
-        if reading.projected is None:
+    def _project(self, plan: SketchPlan, reading: Reading, a: Tensor | None) -> Tensor:
+        if plan not in reading.projected:
             assert a is not None
-            reading.projected = a @ self.tools.projection(f"{reading.name}/in", a.shape[2], a.dtype)
-        return reading.projected
+            reading.projected[plan] = a @ self.tools.projection(plan, f"{reading.name}/in", a.shape[2], a.dtype)
+        return reading.projected[plan]
 
     def _gram(self, reading: Reading, a: Tensor | None) -> Tensor:
         if reading.gram is None:
@@ -206,9 +211,9 @@ class Sums:
                     group.extend(smallest, largest, mine)
             if len(references):
                 self._dots[mine] += layers.dots(G, references[:, columns].to(G.dtype))
-            if way.sketch_products and self.sketched:
-                left = tools.projection(f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
-                self._cells[mine] += layers.sketch_of(G, left, tools.projection(f"{reader}/in", a.shape[2], G.dtype))
+            for plan, cells in self._cells.items() if way.sketch_products else ():
+                left = tools.projection(plan, f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
+                cells[mine] += layers.sketch_of(G, left, tools.projection(plan, f"{reader}/in", a.shape[2], G.dtype))
 
     def add_whole(self, site: Site, G: Tensor) -> None:
         """Adds the gradients of a small parameter themselves, [B, …] in the parameter's own shape."""
@@ -218,13 +223,14 @@ class Sums:
             G = self.adam.of(name, G)
         if self.mean is not None:
             self.mean.tensors[name] += G.sum(0)
-        if self.sketched and site.shape[1] > 1:
-            left = tools.projection(f"{name}/out", site.shape[0], G.dtype)
-            self._cells += layers.sketch_of(G, left, tools.projection(f"{name}/in", site.shape[1], G.dtype))
-        elif self.sketched:
-            cell, sign = tools.buckets(name, site.shape[0])
-            self._cells.view(len(G), -1).index_add_(1, cell, G[:, :, 0] * sign)
-        if self.references.names:
+        for plan, cells in self._cells.items():
+            if site.shape[1] > 1:
+                left = tools.projection(plan, f"{name}/out", site.shape[0], G.dtype)
+                cells += layers.sketch_of(G, left, tools.projection(plan, f"{name}/in", site.shape[1], G.dtype))
+            else:
+                cell, sign = tools.buckets(plan, name, site.shape[0])
+                cells.view(len(G), -1).index_add_(1, cell, G[:, :, 0] * sign)
+        if self.references.full:
             self._dots += layers.dots(G, self.references.of(name).to(G.dtype))
         for group in self.groups_of(site):
             group.squares += G.flatten(1).square().sum(1, dtype=torch.float64)
@@ -238,10 +244,11 @@ class Sums:
         b, ids = b.to(tools.dtype), ids.expand(len(b), -1)
         if chosen is not None and self.mean is not None:
             self.mean.tensors[tools.key(site)].index_add_(0, ids.flatten(), b.flatten(0, 1))
-        if chosen is not None and self.sketched:
+        if chosen is not None:
             key = tools.key(site)
-            left = tools.projection(f"{key}/out", site.shape[0], b.dtype)[ids]
-            self._cells.baddbmm_(left.mT, b @ tools.projection(f"{key}/in", b.shape[2], b.dtype))
+            for plan, cells in self._cells.items():
+                left = tools.projection(plan, f"{key}/out", site.shape[0], b.dtype)[ids]
+                cells.baddbmm_(left.mT, b @ tools.projection(plan, f"{key}/in", b.shape[2], b.dtype))
             for i, R in enumerate(self.references.of(key)):
                 self._dots[:, i] += (R[ids] * b).sum(2).sum(1, dtype=torch.float64)
         if (chosen is not None and self.norm) or end in self.groups:
@@ -291,12 +298,11 @@ class Sums:
         tools, key = self.tools, self.tools.key(site)
         if self.mean is not None:
             self.mean.add_product(key, error, h)
-        if not self.sketched:
-            return
-        left = error @ tools.projection(f"{key}/out", error.shape[1], error.dtype)
-        right = h @ tools.projection(f"{key}/in", h.shape[1], h.dtype)
-        for z, run in supervised.inside(first, last):
-            self._cells[z] += left[run].T @ right[run]
+        for plan, cells in self._cells.items():
+            left = error @ tools.projection(plan, f"{key}/out", error.shape[1], error.dtype)
+            right = h @ tools.projection(plan, f"{key}/in", h.shape[1], h.dtype)
+            for z, run in supervised.inside(first, last):
+                cells[z] += left[run].T @ right[run]
         for i, R in enumerate(self.references.of(key)):
             products = (error @ R).mul_(h).sum(1, dtype=tools.dtype)
             self._dots[:, i].index_add_(0, supervised.example[first:last], products.double())

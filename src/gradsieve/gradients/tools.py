@@ -12,6 +12,7 @@ from gradsieve.gradients.directions import References
 from gradsieve.gradients.head import Head
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.settings import EngineSettings
+from gradsieve.gradients.sketch import SketchPlan
 
 
 class Tools:
@@ -32,15 +33,17 @@ class Tools:
         self.tied = self.embedding.weight is head.module.weight
         self.sites = sites
         self.references = references or References()
+        wide = self.references.wide
+        self.plans: tuple[SketchPlan, ...] = (settings.sketch,) if wide is None else (settings.sketch, wide)
         self.device = head.module.weight.device
         self.dtype = head.dtype
         self.extremes = settings.layers == "extremes"
         self.moments = settings.layers != "none"
         self.adam = AdamDirection(moments, sites, settings.less_form, self.device, self.dtype) if moments else None
         self.repeated: frozenset[nn.Module] = frozenset()
-        self._projections: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._buckets: dict[str, tuple[Tensor, Tensor]] = {}
-        self._fold = tuple(part.to(self.device) for part in settings.sketch.fold())
+        self._projections: dict[tuple[SketchPlan, str, torch.dtype], Tensor] = {}
+        self._buckets: dict[tuple[SketchPlan, str], tuple[Tensor, Tensor]] = {}
+        self._folds = {plan: tuple(part.to(self.device) for part in plan.fold()) for plan in self.plans}
         self._buffer: dict[torch.dtype, Tensor] = {}
 
     def key(self, site: Site) -> str:
@@ -57,18 +60,19 @@ class Tools:
         """Returns the site of an end where it belongs to φ."""
         return next((site for site in self.sites if self.end(site) == end), None)
 
-    def projection(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+    def projection(self, plan: SketchPlan, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Returns the sign matrix of one axis, [size, k], made once."""
-        if (name, dtype) not in self._projections:
-            self._projections[name, dtype] = self.settings.sketch.projection(name, size).to(self.device, dtype)
-        return self._projections[name, dtype]
+        key = plan, name, dtype
+        if key not in self._projections:
+            self._projections[key] = plan.projection(name, size).to(self.device, dtype)
+        return self._projections[key]
 
-    def buckets(self, name: str, size: int) -> tuple[Tensor, Tensor]:
+    def buckets(self, plan: SketchPlan, name: str, size: int) -> tuple[Tensor, Tensor]:
         """Returns the CountSketch of a parameter vector: cells int64 [size] and signs [size], made once."""
-        if name not in self._buckets:
-            cell, sign = self.settings.sketch.vector_buckets(name, size)
-            self._buckets[name] = cell.to(self.device), sign.to(self.device, self.dtype)
-        return self._buckets[name]
+        if (plan, name) not in self._buckets:
+            cell, sign = plan.vector_buckets(name, size)
+            self._buckets[plan, name] = cell.to(self.device), sign.to(self.device, self.dtype)
+        return self._buckets[plan, name]
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns reused memory: fresh large temporaries cost more than the products in them."""
@@ -77,8 +81,8 @@ class Tools:
             self._buffer[dtype] = torch.empty(need, dtype=dtype, device=self.device)
         return self._buffer[dtype][:need].view(shape)
 
-    def fold(self, cells: Tensor) -> Tensor:
+    def fold(self, plan: SketchPlan, cells: Tensor) -> Tensor:
         """Folds k x k cells [B, k, k] to float32 [B, d]."""
-        order, sign = self._fold
+        order, sign = self._folds[plan]
         flat = nn.functional.pad(cells.flatten(1), (0, 1))
-        return (flat[:, order] * sign).view(len(cells), self.settings.sketch.dim, -1).sum(2).float()
+        return (flat[:, order] * sign).view(len(cells), plan.dim, -1).sum(2).float()
