@@ -26,19 +26,12 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tmp_path: Path) 
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    arguments = [
-        "--model",
-        str(tmp_path / "model"),
-        "--shape",
-        "2x24",
-        "--repeats",
-        "1",
-        "--json",
-        str(tmp_path / "table.json"),
-    ]
-    run = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True)
+    table = tmp_path / "table.json"
+    arguments = [str(BENCHMARK), "--model", str(tmp_path / "model"), "--shape", "2x24", "--repeats", "1"]
+    arguments += ["--peers", str(tmp_path), "--json", str(table)]
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    report = json.loads((tmp_path / "table.json").read_text())
+    report = json.loads(table.read_text())
     assert {"rows", "machine", "versions"} <= set(report)
     for row in report["rows"]:
         assert {"name", "over_floor", "over_plain", "peak_mib", "max_rel_error"} <= set(row)
@@ -47,8 +40,10 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tmp_path: Path) 
         assert not math.isnan(row["peak_mib"])
     errors = {row["name"]: row["max_rel_error"] for row in report["rows"]}
     exact = [name for name, error in errors.items() if error is not None]
-    assert {"+ norm, 4 references", "+ max, min per layer", "sketch and norm of LoRA", "sketch and norm of last:4"} <= set(
-        exact
-    )
+    checked = {"+ norm, 4 references", "+ max, min per layer", "sketch and norm of LoRA", "sketch and norm of last:4"}
+    assert checked <= set(exact)
     assert all(errors[name] < 1e-4 for name in exact)
     assert {"2x24"} == set(report["ratios"])
+    for peer in ("bergson, 16 x 16 per layer", "dattri-llm, LoGRA 16 x 16 per layer", "Opacus, whole gradients"):
+        assert peer in errors or "No module named" in report["missing"][peer]
+        assert peer in run.stdout
