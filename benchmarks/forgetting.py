@@ -1,4 +1,4 @@
-"""What the mean loss hides: the demo model before and after it is trained on arithmetic that is wrong throughout.
+"""Whether the mean loss hides forgetting: the demo model before and after training on arithmetic that is wrong throughout.
 
     python benchmarks/forgetting.py [--steps 30] [--items 40] [--json FILE]
 
