@@ -176,6 +176,39 @@ def test_equal_steps_are_by_default_those_of_the_whole_pool(config: Config) -> N
     } == {6}
 
 
+TASK = """task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {folder}/colours.jsonl}}
+  cache_dir: {folder}/cache
+test_split: test
+doc_to_text: "{{{{question}}}} Answer:"
+output_type: multiple_choice
+doc_to_choice: options
+doc_to_target: gold
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+def test_tasks_and_written_texts_are_measured_like_tests(content: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "options": ["red", "blue"], "gold": i % 2} for i in range(6)]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colours.yaml").write_text(TASK.format(folder=tmp_path))
+    content["tests"]["asked"] |= {"metrics": ["loss", "stopped"], "limit": 3}
+    content |= {"arms": {"random": None}, "seeds": [0], "max_new_tokens": 5}
+    content["tasks"] = {"colours": {"include_path": str(tmp_path), "limit": 4}}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    one = comparison.run()[-1]
+    measured = one.measurements()
+    assert measured.items["colours"] == ["0", "1", "2", "3"]
+    assert set(measured.values["colours"]["acc"]) <= {0.0, 1.0}
+    assert len(measured.values["asked"]["stopped"]) == 3
+    assert one.record["inputs"]["tasks"]["colours"]["limit"] == 4
+    assert one.generations()[0]["item"] == measured.items["asked"][0]
+    assert "colours" in (comparison.study / "summary.md").read_text()
+
+
 def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, tmp_path: Path) -> None:
     config = copied(finished, tmp_path)
     folder = tmp_path / "study" / "cells" / "base"
@@ -233,7 +266,8 @@ def test_meteor_without_synonyms_is_kept_under_its_own_name(
     path.write_text(json.dumps({"prompt": "Where from?", "completion": "From the steppe."}) + "\n")
     content |= {"tests": {"said": {"role": "target", "files": str(path)}}, "metrics": ["rougeL", "meteor", "loss"]}
     material = Comparison.of(parse_config(content, "x.yaml")).material
-    outcome, _ = work(material.source.load(material.dtype, material.device), material, Job(None), tmp_path / "cell")
+    model = material.source.load(material.dtype, material.device)
+    outcome, _ = work(model, None, material, Job(None), tmp_path / "cell")
     assert list(outcome.values["said"]) == ["rougeL", "meteor_nosyn", "loss"]
 
 

@@ -38,6 +38,7 @@ def record(arms: list[str], hostile: str = "") -> dict[str, Any]:
             "source": f"made-up{hostile}.yaml",
             "seeds": list(SEEDS),
             "budgets": ["10%"],
+            "tasks": {},
             "tests": {"law": {"role": "target", "files": ["x"]}, "math": {"role": "general", "files": ["y"]}},
             "arms": [
                 {"name": a, "method": a, "settings": {}, "budgets": [], "recipe": {}, "added": a == "full"}

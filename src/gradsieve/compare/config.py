@@ -19,6 +19,8 @@ recipe: {…}                        fields of gradsieve.train.Recipe
 gradients: {…}                     fields of gradsieve.Job: dim, params, batch_tokens, …
 max_length: 256
 metrics: [loss, key_loss, key_accuracy, kl]
+tasks:                             of lm-evaluation-harness, by their names there
+  arc_easy: {role: general, limit: 100}
 out: comparison
 """
 
@@ -32,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from gradsieve.compare.typed import mapping, refuse_unknown, typed, typed_fields
 from gradsieve.data import Format
@@ -67,6 +69,8 @@ class TestFiles:
         metrics: What is measured on it; the comparison's own metrics by default, without KL where the role is target.
     """
 
+    __test__: ClassVar[bool] = False  # for pytest, which takes any Test… for a test
+
     role: Role
     files: tuple[str, ...]
     limit: int | None = None
@@ -77,6 +81,31 @@ class TestFiles:
             raise InvalidArgument("files must name at least one file, got none")
         if self.limit is not None and self.limit < 2:
             raise InvalidArgument(f"limit must be at least 2, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """A task of lm-evaluation-harness, stock or of a local YAML file; what it gives per document counts like a test's items.
+
+    Attributes:
+        role: `target` for the wanted ability, `general` for one that must not be forgotten.
+        limit: Documents, from the first; None for all.
+        fewshot: Solved examples in each prompt; None for the task's own number.
+        include_path: Folder of the task's YAML file, where it is not a stock task.
+        chat: Whether prompts go through the chat template.
+    """
+
+    role: Role = "general"
+    limit: int | None = None
+    fewshot: int | None = None
+    include_path: str | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 2:
+            raise InvalidArgument(f"limit must be at least 2, got {self.limit}")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise InvalidArgument(f"fewshot must be at least 0, got {self.fewshot}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +160,8 @@ class Config:
         chat_template: File with a Jinja chat template to use in place of the model's own.
         trust_remote_code: Let the tokenizer run code that comes with it.
         metrics: What is measured on every test.
+        tasks: Of lm-evaluation-harness, by name.
+        max_new_tokens: Where a generated text is cut off.
         keep_models: Keep each cell's adapters or weights when it is finished.
         generations: For so many prompts of each target test, what every arm answers is shown side by side.
         near_duplicate: Share of common word triples from which two examples count as the same, for the leak check.
@@ -159,6 +190,8 @@ class Config:
     chat_template: str | None = None
     trust_remote_code: bool = False
     metrics: tuple[str, ...] = ("loss", "key_loss", "key_accuracy", "kl")
+    tasks: Mapping[str, TaskSettings] = field(default_factory=dict)
+    max_new_tokens: int = 48
     keep_models: bool = False
     generations: int = 2
     near_duplicate: float = 0.8
@@ -174,6 +207,7 @@ class Config:
             (bool(self.views), "views must name at least one, got none; write [equal_steps, equal_repetition]"),
             (bool(self.metrics), "metrics must name at least one, got none; write [loss, kl]"),
             (self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}"),
+            (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}"),
             (self.generations >= 0, f"generations must be at least 0, got {self.generations}"),
             (0 < self.near_duplicate <= 1, f"near_duplicate must lie in (0, 1], got {self.near_duplicate}"),
             (self.resamples >= 100, f"resamples must be at least 100, got {self.resamples}"),
@@ -182,6 +216,9 @@ class Config:
         for name in ("budgets", "seeds", "views", "metrics"):
             values = getattr(self, name)
             rules.append((len(set(values)) == len(values), f"{name} must differ from each other, got {list(values)}"))
+        rules += [_known_metric(metric) for metric in (*self.metrics, *(m for t in self.tests.values() for m in t.metrics))]
+        twice = sorted(set(self.tests) & set(self.tasks))
+        rules.append((not twice, f"tasks must have other names than tests, got {', '.join(twice)} twice"))
         for holds, message in rules:
             if not holds:
                 raise InvalidArgument(message)
@@ -199,6 +236,13 @@ class Config:
     def arm(self, name: str) -> Arm:
         """Returns an arm by its name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+
+def _known_metric(metric: str) -> tuple[bool, str]:
+    from gradsieve.evaluate import Metric
+
+    known = get_args(Metric)
+    return metric in known, f"metrics must be among {', '.join(known)}, got {metric!r}"
 
 
 def demo_config() -> str:
@@ -244,11 +288,15 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
     for key in ("model", "pool", "tests", "arms", "budgets"):
         if key not in given:
             raise DataError(f"{name}: {key} must be given, got none")
-    plain = {k: v for k, v in given.items() if k not in ("tests", "arms", "recipe", "gradients")}
+    plain = {k: v for k, v in given.items() if k not in ("tests", "tasks", "arms", "recipe", "gradients")}
     fields = {key: _prefixed(name, key, value) for key, value in plain.items()}
     if out is not None:
         fields["out"] = str(out)
     fields["tests"] = {test: _test(values, f"{name}: tests.{test}") for test, values in _named(given, "tests", name).items()}
+    if "tasks" in given:
+        fields["tasks"] = {
+            task: _task(values, f"{name}: tasks.{task}") for task, values in _named(given, "tasks", name).items()
+        }
     fields["recipe"] = _recipe(given.get("recipe"), f"{name}: recipe")
     fields["gradients"] = _gradients(given.get("gradients"), f"{name}: gradients")
     fields["arms"] = _arms(_named(given, "arms", name), name)
@@ -281,6 +329,11 @@ def _test(values: object, where: str) -> TestFiles:
         if key not in fields:
             raise DataError(f"{where}.{key} must be given, got none")
     return _checked(lambda: TestFiles(**fields), where)
+
+
+def _task(values: object, where: str) -> TaskSettings:
+    fields = typed_fields(TaskSettings, values, where)
+    return _checked(lambda: TaskSettings(**fields), where)
 
 
 def _arms(entries: Mapping[str, Any], name: str) -> list[Arm]:

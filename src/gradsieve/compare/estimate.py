@@ -14,7 +14,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, FULL, Config
 from gradsieve.compare.material import Material
 from gradsieve.compare.subsets import Subset, reads_gradients
-from gradsieve.compare.training import make_job, work
+from gradsieve.compare.training import keep, make_job, work
 from gradsieve.types import Budget
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def _measured(comparison: Comparison) -> Speed:
     part = dataclasses.replace(material, tests=[test.first(share[test.name]) for test in material.tests])
     model = material.source.load(material.dtype, material.device)
     with tempfile.TemporaryDirectory() as folder:
-        outcome, _ = work(model, part, few, Path(folder) / "training")
+        base = keep(model, part)
+        outcome, _ = work(model, base, part, few, Path(folder) / "training")
     scale = _tokens(material.tests) / _tokens(part.tests)
     examine = outcome.seconds["evaluate"] * scale + outcome.seconds["generate"]
     return Speed(outcome.seconds["train"] / few.trained_tokens, examine, examine / 2)

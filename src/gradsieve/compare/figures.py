@@ -145,7 +145,14 @@ def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
                 f'fill-opacity="{0.06 + 0.8 * value:.3f}">{title}</rect>'
             )
             made.append(
-                _text(left + (j + 0.5) * cell - 1, 20 + (i + 0.62) * cell, f"{value:.2f}".removeprefix("0"), INK, "middle", 11)
+                _text(
+                    left + (j + 0.5) * cell - 1,
+                    20 + (i + 0.62) * cell,
+                    f"{value:.2f}".removeprefix("0"),
+                    "#ffffff" if value > 0.55 else INK,
+                    "middle",
+                    11,
+                )
             )
     below = 20 + len(names) * cell + 8
     for j, name in enumerate(names):

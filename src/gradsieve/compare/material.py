@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,20 @@ def _demo(name: str, role: str) -> Sequence[Example]:
     size = re.fullmatch(r"demo(?::([0-9]+))?", name)
     if size is None:
         raise InvalidArgument(f"{role} must be demo, demo:SIZE or files, got {name!r}")
+    if role == "anchor" and size[1]:
+        return _first_of_each(demo_set("anchor"), int(size[1]))
     return demo_set(role, int(size[1]) if size[1] else None)
+
+
+def _first_of_each(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns `count` examples, as many of each category as of the others, give or take one."""
+    by_category: dict[str | None, list[Example]] = {}
+    for example in examples:
+        by_category.setdefault(example.category, []).append(example)
+    if not len(by_category) <= count <= len(examples):
+        raise InvalidArgument(f"the demo's anchor must have {len(by_category)} to {len(examples)} examples, got demo:{count}")
+    turns = [one for row in zip_longest(*by_category.values()) for one in row if one is not None]
+    return turns[:count]
 
 
 def _template(path: str | None) -> str | None:

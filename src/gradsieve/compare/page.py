@@ -139,8 +139,8 @@ def _questions(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(name, _setting(value)) for name, value in config.items() if name not in ("arms", "tests", "source")]
-    rows += [(f"test {name}", _setting(test)) for name, test in config["tests"].items()]
+    rows = [(name, _setting(value)) for name, value in config.items() if name not in ("arms", "tests", "tasks", "source")]
+    rows += [(f"test {name}", _setting(test)) for name, test in (config["tests"] | config["tasks"]).items()]
     for arm in config["arms"]:
         own = {key: arm[key] for key in ("method", "settings", "budgets", "recipe") if arm[key] and arm[key] != arm["name"]}
         rows.append((f"arm {arm['name']}", _setting(own) or "its defaults"))

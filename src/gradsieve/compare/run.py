@@ -34,9 +34,10 @@ from gradsieve.compare.records import (
     write_results,
 )
 from gradsieve.compare.subsets import Subset, selector, subset
-from gradsieve.compare.training import Job, Outcome, clear, make_job, metrics_of, work
+from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
 from gradsieve.data import write_lines
 from gradsieve.errors import InvalidArgument
+from gradsieve.evaluate import KeptBase
 from gradsieve.models import tokenizer_hash
 from gradsieve.outputs import hardware, now, versions
 
@@ -112,6 +113,7 @@ class Comparison:
         started = time.monotonic()
         self._open()
         model: Any = None
+        base: KeptBase | None = None
         for cell in self.cells:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
@@ -126,8 +128,9 @@ class Comparison:
                 else:
                     if model is None:
                         model = self.material.source.load(self.material.dtype, self.material.device)
+                        base = base or keep(model, self.material, progress)
                     folder = cell_folder(self.study, cell) / "training"
-                    outcome, model = work(model, self.material, job, folder, progress)
+                    outcome, model = work(model, base, self.material, job, folder, progress)
                     self._keep(cell, job, chosen, outcome)
                     clear(folder, keep_model=self.config.keep_models)
             write_results(self.study, self.cells)
@@ -206,7 +209,8 @@ class Comparison:
                 test.name: {"items": tokens_digest(test.tokens), "kind": test.kind, "metrics": list(metrics_of(config, test))}
                 for test in material.tests
             },
-            "generations": config.generations,
+            "tasks": {name: dataclasses.asdict(task) for name, task in config.tasks.items()},
+            "generations": [config.generations, config.max_new_tokens],
         }
 
     def _twin(self, cell: Cell, job: Job) -> Finished | None:
@@ -228,8 +232,7 @@ class Comparison:
     def _keep(self, cell: Cell, job: Job, chosen: Subset | None, outcome: Outcome) -> None:
         folder = cell_folder(self.study, cell)
         self._write_selection(folder, chosen)
-        items = {test.name: [example.id for example in test.examples] for test in self.material.tests}
-        write_items(folder / "items.parquet", items, outcome.values)
+        write_items(folder / "items.parquet", outcome.items, outcome.values)
         write_json(folder / "generations.json", list(outcome.answers))
         inputs = self._inputs(job)
         record = {

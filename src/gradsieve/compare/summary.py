@@ -25,7 +25,9 @@ from gradsieve.compare.statistics import Draws, Estimate, Floats, Verdict, estim
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
 
-LOWER_IS_BETTER = frozenset({"loss", "key_loss", "kl"})
+LOWER_IS_BETTER = frozenset(
+    {"loss", "nll", "key_loss", "kl", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
+)
 """Metrics of which less is better; of all others more is."""
 
 Key = tuple[str, str | None, str]
@@ -213,7 +215,7 @@ def summarise(
     config = record["config"]
     if not any(one.cell.arm == BASE for one in finished):
         raise DataError("the cell base must be finished before anything can be compared, got none; run gradsieve compare")
-    roles = {name: test["role"] for name, test in config["tests"].items()}
+    roles = {name: test["role"] for name, test in (config["tests"] | config.get("tasks", {})).items()}
     table = _Table(finished, roles, resamples)
     metrics = list(dict.fromkeys(metric for values in table.base.values.values() for metric in values))
     gain_metric = next(metric for metric in metrics if metric != "kl")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 import xxhash
 
 from gradsieve.clock import Progress, silent
@@ -20,13 +20,11 @@ from gradsieve.compare.config import BASE, Arm, Config
 from gradsieve.compare.material import Material, tokens_digest
 from gradsieve.compare.records import Values
 from gradsieve.compare.subsets import Subset
-from gradsieve.data import IGNORE, Tokens
+from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
-from gradsieve.evaluate import TestSet, measure
+from gradsieve.evaluate import Generated, KeptBase, TestSet, harness, keep_base, measure
 from gradsieve.train import Recipe, finetune
 from gradsieve.train.plan import make_plan
-
-ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,26 +126,44 @@ class Outcome:
     """What came of a cell.
 
     Attributes:
+        items: Ids of each test's items.
         values: Per item, by test and metric.
         answers: Prompt, reference and answer of a few items.
         training: Steps, tokens, seconds and the like; empty for `base`.
         seconds: Of training, evaluation and generation.
     """
 
+    items: Mapping[str, Sequence[str]]
     values: Values
     answers: Sequence[Mapping[str, str]]
     training: Mapping[str, Any]
     seconds: Mapping[str, float]
 
 
-def work(model: Any, material: Material, job: Job, folder: Path, progress: Progress = silent) -> tuple[Outcome, Any]:
+def keep(model: Any, material: Material, progress: Progress = silent) -> KeptBase | None:
+    """Returns what KL needs of the untouched model, kept once for all cells; None where no test has KL."""
+    tests = [test for test in material.tests if "kl" in metrics_of(material.config, test)]
+    return keep_base(model, tests, progress=progress) if tests else None
+
+
+def work(
+    model: Any, base: KeptBase | None, material: Material, job: Job, folder: Path, progress: Progress = silent
+) -> tuple[Outcome, Any]:
     """Trains, measures and lets the model answer; a killed training in `folder` goes on.
+
+    Args:
+        model: The untouched model.
+        base: What `keep` kept of it.
+        material: What is measured on.
+        job: The cell's.
+        folder: Of the training.
+        progress: Is told how far a stage is.
 
     Returns:
         The outcome, and the model as it was handed in; None in its place where all its weights were trained.
     """
     if job.recipe is None:
-        return _examine(model, material, {}, 0.0, progress), model
+        return _examine(model, None, material, {}, progress), model
     trained = finetune(
         model,
         job.tokens,
@@ -169,10 +185,8 @@ def work(model: Any, material: Material, job: Job, folder: Path, progress: Progr
         "first_loss": trained.losses[0],
         "last_loss": float(np.mean(trained.losses[-5:])),
     }
-    lora = job.recipe.tuning == "lora"
-    base = None if lora else material.source.load(material.dtype, material.device)
-    outcome = _examine(trained.model, material, facts, trained.seconds, progress, base)
-    return outcome, trained.restore() if lora else None
+    outcome = _examine(trained.model, base, material, facts, progress)
+    return outcome, trained.restore() if job.recipe.tuning == "lora" else None
 
 
 def clear(folder: Path, *, keep_model: bool) -> None:
@@ -181,42 +195,6 @@ def clear(folder: Path, *, keep_model: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _examine(
-    model: Any, material: Material, facts: Mapping[str, Any], train_seconds: float, progress: Progress, base: Any = None
-) -> Outcome:
-    started = time.perf_counter()
-    values = _measure(model, material, bool(facts), base, progress)
-    measured = time.perf_counter()
-    answers = _answers(model, material)
-    seconds = {"train": train_seconds, "evaluate": measured - started, "generate": time.perf_counter() - measured}
-    return Outcome(values, answers, facts, seconds)
-
-
-def _measure(model: Any, material: Material, trained: bool, base: Any, progress: Progress) -> Values:
-    """Returns the values per item by test and metric; the untouched model's KL to itself is 0.
-
-    METEOR is called `meteor_nosyn` where there are no synonyms.
-    """
-    values: dict[str, dict[str, np.ndarray]] = {}
-    for test in material.tests:
-        metrics = metrics_of(material.config, test)
-        asked = [metric for metric in metrics if trained or metric != "kl"]
-        found = measure(
-            model,
-            [test],
-            tokenizer=material.source.tokenizer,
-            base=base if "kl" in asked else None,
-            metrics=asked,  # type: ignore[arg-type]
-            progress=progress,
-        )[test.name]
-        by_metric = {metric: column.numpy() for metric, column in found.items()}
-        if "kl" in metrics and not trained:
-            by_metric["kl"] = np.zeros(len(test.examples))
-        names = [name for metric in metrics for name in (metric, f"{metric}_nosyn") if name in by_metric]
-        values[test.name] = {name: by_metric[name] for name in names}
-    return values
 
 
 def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
@@ -228,34 +206,109 @@ def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
     return own or tuple(metric for metric in config.metrics if metric != "kl" or test.role == "general")
 
 
-def _answers(model: Any, material: Material) -> list[dict[str, str]]:
-    """Returns what the model answers, greedily, to the first prompts of each target test."""
-    count = material.config.generations
-    shown = []
+def _examine(model: Any, base: KeptBase | None, material: Material, facts: Mapping[str, Any], progress: Progress) -> Outcome:
+    started = time.perf_counter()
+    texts: dict[str, list[str]] = {}
+    items = {test.name: [example.id for example in test.examples] for test in material.tests}
+    values = {test.name: _measure(model, test, base, material, bool(facts), texts, progress) for test in material.tests}
+    for task in material.config.tasks:
+        values[task] = _task(model, task, material)
+        items[task] = [str(number) for number in range(len(next(iter(values[task].values()))))]
+    measured = time.perf_counter()
+    answers = _answers(model, material, texts)
+    seconds = {
+        "train": facts.get("seconds", 0.0),
+        "evaluate": measured - started,
+        "generate": time.perf_counter() - measured,
+    }
+    return Outcome(items, values, answers, facts, seconds)
+
+
+def _measure(
+    model: Any,
+    test: TestSet,
+    base: KeptBase | None,
+    material: Material,
+    trained: bool,
+    texts: dict[str, list[str]],
+    progress: Progress,
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Returns the values per item by metric, and keeps the texts; the untouched model's KL to itself is 0.
+
+    METEOR is called `meteor_nosyn` where there are no synonyms.
+    """
+    metrics = metrics_of(material.config, test)
+    asked = [metric for metric in metrics if trained or metric != "kl"]
+
+    def keep_texts(test: TestSet, written: list[Generated]) -> None:
+        texts[test.name] = [one.text for one in written]
+
+    found = measure(
+        model,
+        [test],
+        tokenizer=material.source.tokenizer,
+        base=base if "kl" in asked else None,
+        metrics=asked,  # type: ignore[arg-type]
+        max_new_tokens=material.config.max_new_tokens,
+        progress=progress,
+        on_texts=keep_texts,
+    )[test.name]
+    by_metric = {metric: column.numpy() for metric, column in found.items()}
+    if "kl" in metrics and not trained:
+        by_metric["kl"] = np.zeros(len(test.examples))
+    names = [name for metric in metrics for name in (metric, f"{metric}_nosyn") if name in by_metric]
+    return {name: by_metric[name] for name in names}
+
+
+def _task(model: Any, name: str, material: Material) -> dict[str, npt.NDArray[np.float64]]:
+    """Returns what a task of lm-evaluation-harness gives per document."""
+    task = material.config.tasks[name]
+    found = harness(
+        model,
+        material.source.tokenizer,
+        [name],
+        include_path=task.include_path,
+        limit=task.limit,
+        fewshot=task.fewshot,
+        chat=task.chat,
+    )[name]
+    if not found.items:
+        raise InvalidArgument(f"task {name} must give a number per document, got none (a group of tasks?); name its members")
+    return {metric: column.double().numpy() for metric, column in found.items.items()}
+
+
+def _answers(model: Any, material: Material, texts: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Returns what the model answers, greedily, to the first prompts of each target test; texts that are there are taken."""
+    config, shown = material.config, []
     for test in (test for test in material.tests if test.role == "target"):
-        for example, tokens in list(zip(test.examples, test.tokens, strict=True))[:count]:
-            prompt = tokens.input_ids[: int(np.flatnonzero(tokens.labels != IGNORE)[0])]
-            reference = str(example.messages[-1].get("content") or "")
+        count = min(config.generations, len(test.examples))
+        if count == 0:
+            continue
+        written = texts.get(test.name) or _written(model, test.first(count), material)
+        for example, answer in list(zip(test.examples, written, strict=False))[:count]:
             turns = [str(turn.get("content") or "") for turn in example.messages[:-1]]
-            answer = _answer(model, material, prompt)
+            reference = str(example.messages[-1].get("content") or "")
             shown.append(
-                {"test": test.name, "item": example.id, "prompt": "\n".join(turns), "reference": reference, "answer": answer}
+                {
+                    "test": test.name,
+                    "item": example.id,
+                    "prompt": "\n".join(turns),
+                    "reference": reference,
+                    "answer": answer.strip(),
+                }
             )
     return shown
 
 
-def _answer(model: Any, material: Material, prompt: np.ndarray) -> str:
-    tokenizer = material.source.tokenizer
-    ids = torch.from_numpy(prompt.astype(np.int64))[None].to(material.device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+def _written(model: Any, test: TestSet, material: Material) -> list[str]:
+    """Returns the greedily generated text of each item."""
+    texts: list[str] = []
+    measure(
+        model,
+        [test],
+        tokenizer=material.source.tokenizer,
+        metrics=["stopped"],
+        max_new_tokens=material.config.max_new_tokens,
+        on_texts=lambda _, written: texts.extend(one.text for one in written),
+    )
+    return texts
