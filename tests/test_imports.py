@@ -26,10 +26,12 @@ ALLOWED = {
     "train": BASE | {"clock", "data", "gradients"},
     "models": BASE | {"demo"},
     "extraction": BASE | {"clock", "memory", "data", "gradients", "store", "models"},
+    "check": BASE | {"clock", "gradients", "models", "extraction"},
+    "batch_size": BASE | {"data", "gradients", "extraction"},
     "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "extraction", "train"},
     "pipeline": BASE
-    | {"warmup", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"}
-    | {"navigation", "overhead", "train"},
+    | {"batch_size", "check", "clock", "data", "gradients", "store", "models", "extraction", "selectors", "demo", "outputs"}
+    | {"warmup", "navigation", "overhead", "train"},
     "outputs": BASE | {"clock", "data", "report", "pipeline"},
     "estimate": BASE | {"clock", "extraction", "pipeline"},
     "export": BASE | {"data", "models"},

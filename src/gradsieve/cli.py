@@ -113,10 +113,37 @@ def _extract(arguments: list[str]) -> int:
 
     from gradsieve.pipeline import Job, extract
 
-    job = tyro.cli(Job, prog="gradsieve extract", args=_with_config(arguments), config=_tyro_config())
+    help = tyro.conf.arg(help="Compare so many random examples with float64 loops, one backward pass each; 0 for none.")
+    fields: list[Any] = [("job", Annotated[Job, tyro.conf.arg(name="")]), ("check", Annotated[int, help], 0)]
+    command = dataclasses.make_dataclass("Extract", fields, frozen=True)
+    command.__doc__ = "Take gradients into a store, without choosing yet."
+    parsed: Any = tyro.cli(command, prog="gradsieve extract", args=_with_config(arguments), config=_tyro_config())
     with _terminal() as terminal:
-        problem = extract(job, terminal.progress)
-    print(f"{len(problem.candidates.ids)} examples x {problem.candidates.dim} numbers in {job.store}")
+        done = extract(parsed.job, terminal.progress, parsed.check)
+    for note in done.notes:
+        _console().print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    candidates = done.problem.candidates
+    left_out = (
+        f"; {len(done.excluded)} could not be used, the first, {done.excluded[0].id}: {done.excluded[0].reason}"
+        if (done.excluded)
+        else ""
+    )
+    print(f"{len(candidates.ids)} examples x {candidates.dim} numbers in {parsed.job.store}{left_out}")
+    return _print_check(done.checked, parsed.check) if done.checked else 0
+
+
+def _print_check(checked: Sequence[Any], count: int) -> int:
+    """Prints what was compared with float64 loops; returns the exit status."""
+    from rich.table import Table
+
+    table = Table("quantity", "largest error", "tolerance", "", "worst example", box=None, header_style="bold", pad_edge=False)
+    for one in checked:
+        table.add_row(one.name, f"{one.error:.2e}", f"{one.tolerance:.0e}", "ok" if one.passed else "TOO LARGE", one.worst)
+    _console().print(table, highlight=False)
+    wrong = [one.name for one in checked if not one.passed]
+    if wrong:
+        return _fail(f"errors of {count} examples must lie within tolerance, got larger ones in {', '.join(wrong)}")
+    print(f"{count} random examples agree with one float64 backward pass each")
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,19 @@ from gradsieve.data.corrupt import Corruption
 from gradsieve.errors import InvalidArgument, StoreError
 from gradsieve.gradients.directions import MeanGradient, References, UnitDirection
 from gradsieve.gradients.engine import GradientEngine
-from gradsieve.gradients.settings import Batch, EngineSettings
+from gradsieve.gradients.fitting import Fitting, Say, restarted
+from gradsieve.gradients.parameters import chosen_size
+from gradsieve.gradients.settings import Batch, Block, EngineSettings, plain
+from gradsieve.gradients.wide import DIM, mean_sketch, wide_settings
 from gradsieve.memory import Trimmer
 from gradsieve.models import ModelSource, tokenizer_hash
 from gradsieve.store import GradientStore, Manifest, Unit
 from gradsieve.types import Example, Reference
 
+log = logging.getLogger(__name__)
+Form = Literal["exact", "wide sketch"]
 ENGINE_VERSION = 2  # raised whenever the numbers of a row change
+REFERENCE_MEMORY = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +129,11 @@ class ComputeSettings:
         dtype: Compute type.
         device: Where.
         max_length: Tokens per example, the rest is cut off at the end.
-        batch_tokens: Padded tokens in one batch.
+        batch_tokens: Padded tokens in one batch; changes a row by rounding only, so it is no part of a store's fingerprint.
         unit_tokens: Tokens in one shard.
+        checkpointing: Whether activations are made again in the backward pass in place of being kept; likewise.
+        reference_memory: MiB that full gradients of the references may take; above it they are wide sketches.
+        form: Which of the two they are, see `with_form`.
     """
 
     engine: EngineSettings
@@ -132,11 +142,14 @@ class ComputeSettings:
     max_length: int
     batch_tokens: int = 1024
     unit_tokens: int = 8192
+    checkpointing: bool = False
+    reference_memory: int = REFERENCE_MEMORY
+    form: Form = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "unit_tokens", "max_length"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("batch_tokens", 1), ("unit_tokens", 1), ("max_length", 1), ("reference_memory", 0)):
+            if getattr(self, name) < least:
+                raise InvalidArgument(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +196,29 @@ def contrast(
     return Contrast(right, wrong), note if left_out else None
 
 
-def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source]) -> Manifest:
+def with_form(model: ModelSource, compute: ComputeSettings, count: int) -> ComputeSettings:
+    """Returns the settings with products with `count` references exact where their full gradients fit, else by wide sketches.
+
+    It is decided from the model's shapes alone, before it is loaded and the same on every machine.
+    """
+    fits = not count or _reference_bytes(model, compute, count) <= compute.reference_memory << 20
+    return replace(compute, form="exact" if fits else "wide sketch")
+
+
+def _reference_bytes(model: ModelSource, compute: ComputeSettings, count: int) -> int:
+    return chosen_size(model.skeleton(), compute.engine.params) * compute.dtype.itemsize * count
+
+
+def form_note(model: ModelSource, compute: ComputeSettings, count: int) -> str:
+    """Returns what the user must know where references are wide sketches."""
+    size = _reference_bytes(model, compute, count)
+    return (
+        f"the full gradients of {count} references take {size >> 20} MiB, more than --reference-memory "
+        f"{compute.reference_memory}: products with them are estimated from sketches of {DIM} numbers"
+    )
+
+
+def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source], form: Form = "exact") -> Manifest:
     """Returns what a store's rows depend on beside the examples."""
     engine = compute.engine
     return Manifest(
@@ -198,7 +233,7 @@ def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[s
             "columns": {"norms": engine.norms, "signals": engine.signals, "layers": engine.layers},
             "dtype": str(compute.dtype).removeprefix("torch."),
             "max_length": compute.max_length,
-            "batch_tokens": compute.batch_tokens,
+            "reference_products": compute.form if references else "none",
             "references": {name: _reference_digest(source) for name, source in sorted(references.items())},
         }
     )
@@ -219,7 +254,8 @@ def reusable(directory: Path, wanted: Manifest) -> Manifest:
     except StoreError:
         return wanted
     kept = {name: there.settings["references"].get(name) for name in wanted.settings["references"]}
-    same = Manifest({**there.settings, "references": kept}).fingerprint == wanted.fingerprint
+    products = there.settings.get("reference_products") if kept else "none"
+    same = Manifest({**there.settings, "references": kept, "reference_products": products}).fingerprint == wanted.fingerprint
     return there if same else wanted
 
 
@@ -236,26 +272,52 @@ def measure_references(
     compute: ComputeSettings,
     sources: Mapping[str, Source],
     progress: Progress = silent,
+    say: Say = log.warning,
 ) -> References:
-    """Returns the unit directions of mean gradients (OGS-1) and contrasts (OGS-10); a set is measured once."""
+    """Returns the unit directions of mean gradients (OGS-1) and contrasts (OGS-10); a set is measured once.
+
+    Args:
+        model: The model.
+        compute: How gradients are taken.
+        sources: The examples behind every reference.
+        progress: Is told how far it is.
+        say: Is told of batches that did not fit in memory.
+    """
     sides = [side for source in sources.values() for side in token_sets(source)]
     uses = Counter(side.digest() for side in sides)
     paired = {side.digest() for source in sources.values() if isinstance(source, Contrast) for side in token_sets(source)}
     total = sum(sum(side.lengths) for side in {side.digest(): side for side in sides}.values())
     total += sum(sum(source.examples.lengths) for source in sources.values() if isinstance(source, UnitMean))
-    done, trim = 0, Trimmer()
+    wide = compute.form == "wide sketch"
+    settings = wide_settings(compute.engine) if wide else plain(compute.engine)
+    begun, trim = 0, Trimmer()
     measured: dict[str, tuple[MeanGradient, dict[bytes, int]]] = {}
     units: dict[str, UnitDirection] = {}
 
-    def counted(ordered: Sequence[Tokens], scale: torch.Tensor | None = None) -> Iterator[Batch]:
-        nonlocal done
-        first = 0
-        for batch, count in token_batches(ordered, compute.batch_tokens, compute.device):
+    def counted(ordered: Sequence[Tokens], batch_tokens: int, scale: torch.Tensor | None) -> Iterator[Batch]:
+        first, done = 0, begun
+        for batch, count in token_batches(ordered, batch_tokens, compute.device):
             rows = len(batch.input_ids)
             yield batch if scale is None else replace(batch, scale=scale[first : first + rows])
             first, done = first + rows, done + count
             progress("references", done, total)
             trim()
+
+    def average(
+        ordered: Sequence[Tokens], engine: GradientEngine, *, scale: torch.Tensor | None = None, sketched: bool = False
+    ) -> MeanGradient:
+        nonlocal begun
+
+        def run(batch_tokens: int) -> MeanGradient:
+            given = counted(ordered, batch_tokens, scale)
+            if wide:
+                return mean_sketch(map(engine.block, given), sketched=sketched)
+            return engine.mean_gradient(given, sketched=sketched)
+
+        longest = max(len(tokens.input_ids) for tokens in ordered)
+        found = restarted(run, compute.batch_tokens, longest, torch.device(compute.device), say)
+        begun += sum(len(tokens.input_ids) for tokens in ordered)
+        return found
 
     def mean(side: TokenSet, engine: GradientEngine) -> tuple[MeanGradient, dict[bytes, int]]:
         """Returns the mean, and for every example's key the place at which it was added."""
@@ -263,8 +325,7 @@ def measure_references(
         if digest not in measured:
             order = _longest_first(side)
             place = {side.keys[i]: j for j, i in enumerate(order)}
-            ordered = [side.tokens[i] for i in order]
-            measured[digest] = engine.mean_gradient(counted(ordered), sketched=digest in paired), place
+            measured[digest] = average([side.tokens[i] for i in order], engine, sketched=digest in paired), place
         uses[digest] -= 1
         return measured[digest] if uses[digest] else measured.pop(digest)
 
@@ -280,15 +341,15 @@ def measure_references(
                 raise InvalidArgument(
                     f"{side.name} must have gradients above 0 to be normalised, got one of 0; drop that example"
                 )
-            return engine.mean_gradient(counted([side.tokens[i] for i in order], 1 / norms))
+            return average([side.tokens[i] for i in order], engine, scale=1 / norms)
         (right, first), (wrong, second) = mean(source.right, engine), mean(source.wrong, engine)
         pairs = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
         return right.minus(wrong, pairs)
 
-    with GradientEngine(model, compute.engine) as engine:
+    with GradientEngine(model, settings, checkpointing=compute.checkpointing) as engine:
         for name, source in sources.items():
             units[name] = UnitDirection.of(name, direction(source, engine))
-    return References.of_units(units)
+    return References.of_units(units, settings.sketch if wide else None)
 
 
 def _longest_first(side: TokenSet) -> list[int]:
@@ -314,8 +375,11 @@ def fill(
     engine: GradientEngine,
     compute: ComputeSettings,
     progress: Progress = silent,
+    say: Say = log.warning,
 ) -> int:
     """Computes and commits the pending units; returns the bytes written. A kill loses the unit at work and no other.
+
+    Batches that do not fit in memory are split, which `say` is told.
 
     Raises:
         StoreError: A unit holds examples of another, unfinished run.
@@ -330,11 +394,11 @@ def fill(
     cost = {key: len(t.input_ids) for key, t in tokens.items()}
     total, done, written = sum(cost[key] for unit in pending for key in unit.keys), 0, 0
     stage = f"gradients of the {examples.name}"
-    trim = Trimmer()
+    trim, fitting = Trimmer(), Fitting(engine.block, say)
     for unit in pending:
-        blocks = []
+        blocks: list[Block] = []
         for batch, count in token_batches([tokens[key] for key in unit.keys], compute.batch_tokens, compute.device):
-            blocks.append(engine.block(batch))
+            blocks += fitting.blocks(batch)
             done += count
             progress(stage, done, total)
             trim()

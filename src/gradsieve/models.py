@@ -86,6 +86,30 @@ class ModelSource:
             raise ModelError(f"{self.name} could not be loaded as a causal language model: {_first_line(error)}") from error
         return model.to(device).eval()  # type: ignore[no-any-return]
 
+    def skeleton(self) -> torch.nn.Module:
+        """Returns the model without its weights: names and shapes of all parameters, on the meta device.
+
+        Raises:
+            ModelError: transformers or PEFT cannot build it.
+        """
+        if self.live is not None and self.adapters is None:
+            return self.live
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        base = _adapter_base(self.folder) if self.folder is not None else None
+        adapters = self.adapters or (self.folder if base is not None else None)
+        try:
+            with torch.device("meta"):
+                config: Any = AutoConfig.from_pretrained(base or self.folder) if self.live is None else self.live.config
+                model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+                if adapters is not None:
+                    from peft import PeftConfig, inject_adapter_in_model
+
+                    model = inject_adapter_in_model(PeftConfig.from_pretrained(str(adapters)), model)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{self.name} could not be built from its configuration: {_first_line(error)}") from error
+        return model
+
 
 def hash_weights(folder: Path) -> str:
     """Returns a hash of the safetensors files in a folder, 32 hex digits."""

@@ -14,12 +14,16 @@ from typing import Any, Literal
 
 import torch
 
+from gradsieve.batch_size import best_size, describe, try_sizes
+from gradsieve.check import Compared
+from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress, silent
 from gradsieve.data import Excluded, Format, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, How, corrupt
 from gradsieve.demo import cache_dir
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
+    REFERENCE_MEMORY,
     ComputeSettings,
     Contrast,
     Source,
@@ -27,15 +31,18 @@ from gradsieve.extraction import (
     UnitMean,
     contrast,
     fill,
+    form_note,
     manifest,
     measure_references,
     plan,
     read_facts,
     reusable,
     token_sets,
+    with_form,
     write_facts,
 )
-from gradsieve.gradients.settings import EngineSettings
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.settings import EngineSettings, plain
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
 from gradsieve.navigation import make_navigator, split_anchor
@@ -46,6 +53,7 @@ from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
 from gradsieve.warmup import Stop, require_training, stops_of
 
+DEFAULT_BATCH = 1024  # tokens
 Data = str | Path | Sequence[str | Path] | Sequence[Example]
 
 
@@ -76,7 +84,10 @@ class Job:
         reduction: Loss of an example: mean or sum over its completion tokens.
         dtype: Compute type; auto is bfloat16 where the hardware has it, else float32.
         device: auto, cpu, cuda, cuda:N, mps.
-        batch_tokens: Tokens in one batch; lower it if memory runs out.
+        batch_tokens: Tokens in one batch, or auto to find a good number by trying; what does not fit in memory is split.
+        checkpointing: Make activations again in the backward pass in place of keeping them: less memory, a third more time.
+        reference_memory: MiB that full gradients of the references may take; above it, products with them are estimated
+            from wide sketches.
         unit_tokens: Tokens in one shard of the store: what a kill can cost at most.
         seed: Seed of everything random.
         store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
@@ -105,7 +116,9 @@ class Job:
     reduction: Literal["mean", "sum"] = "mean"
     dtype: DType = "auto"
     device: str = "auto"
-    batch_tokens: int = 1024
+    batch_tokens: int | Literal["auto"] = 1024
+    checkpointing: bool = False
+    reference_memory: int = REFERENCE_MEMORY
     unit_tokens: int = 8192
     seed: int = 0
     store: str | None = None
@@ -266,10 +279,34 @@ def select(
     return result
 
 
-def extract(job: Job, progress: Progress = silent) -> Problem:
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """What `extract` has done.
+
+    Attributes:
+        problem: What any method may look at.
+        job: The configuration, with `auto` resolved.
+        notes: What the user must know.
+        excluded: Examples of the pool that could not be used.
+        checked: What was compared with float64 loops.
+    """
+
+    problem: Problem
+    job: Job
+    notes: tuple[str, ...]
+    excluded: Sequence[Excluded]
+    checked: Sequence[Compared]
+
+
+def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction:
     """Takes the gradients of a pool into `job.store`, with sketches of target and anchor and products with their references.
 
     Every method then finds what it needs there. `job.budget` is not read.
+
+    Args:
+        job: What to extract from, with which model, into which store.
+        progress: Is told how far long stages are.
+        check: Compare so many random examples with float64 loops (`gradsieve.check`).
 
     Raises:
         GradsieveError: Whatever the user can mend.
@@ -282,7 +319,9 @@ def extract(job: Job, progress: Progress = silent) -> Problem:
     if job.anchor:
         needs |= {"anchors", "dot/anchor", "dot/anchor:*", "dot/contrast/*"}
     run = Run(dataclasses.replace(job, budget="100%"), "extract", frozenset(needs), Path(job.store), progress)
-    return run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
+    problem = run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
+    checked = run.check(problem.candidates, check) if check else []
+    return Extraction(problem, run.job, tuple(run.notes), run.excluded(problem.candidates), checked)
 
 
 def _name(model: Path | torch.nn.Module) -> str:
@@ -350,7 +389,16 @@ class Run:
                 f"measured on the other {len(self.held_out.kept)}"
             )
         engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
-        compute = ComputeSettings(engine, dtype, device, job.max_length, job.batch_tokens, job.unit_tokens)
+        self.compute = compute = ComputeSettings(
+            engine,
+            dtype,
+            device,
+            job.max_length,
+            DEFAULT_BATCH if job.batch_tokens == "auto" else job.batch_tokens,
+            job.unit_tokens,
+            job.checkpointing,
+            job.reference_memory,
+        )
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
         if all(need in ("tokens", "completion_tokens") or need.startswith("meta/") for need in self.needs):
             return Problem(_without_gradients(self.sets["pool"], self._metadata(self.sets["pool"])))
@@ -372,6 +420,20 @@ class Run:
         return overhead(
             self.gradient_tokens, trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
         )
+
+    def check(self, candidates: Gradients, count: int) -> list[Compared]:
+        """Compares random rows of the pool with float64 loops."""
+        with self.clock.stage("check"):
+            return check_rows(
+                candidates,
+                count,
+                self.sets["pool"],
+                self.source,
+                self.compute,
+                self.references,
+                self.job.seed,
+                self.progress,
+            )
 
     def excluded(self, candidates: Gradients) -> list[Excluded]:
         """Returns every example of the pool that is not among the candidates, with the reason."""
@@ -484,7 +546,8 @@ class Run:
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
-        references = self._reference_sources(source, compute, template)
+        self.references = references = self._reference_sources(source, compute, template)
+        self.compute = compute = with_form(source, compute, len(references))
         root = self._store_folder(manifest(source, compute, references).fingerprint)
         stops, rates = [Stop("base", source, root, compute)], dict[str, float]()
         if self.warmup is not None:
@@ -500,6 +563,9 @@ class Run:
                 self.progress,
             )
             self.notes.append(note)
+            stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
+        if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
+            self.notes.append(form_note(wide.source, wide.compute, len(references)))
         filled = {stop.name: self._filled(stop, references, alone=len(stops) == 1) for stop in stops}
         views = {
             role: self._view({name: stores[role] for name, (stores, _) in filled.items()}, self.sets[role], references)
@@ -555,11 +621,30 @@ class Run:
         settings = NavigatorSettings(
             learning_rate=self.job.navigator_rate,
             warmup=self.job.navigator_warmup,
-            batch_tokens=self.job.batch_tokens,
+            batch_tokens=DEFAULT_BATCH if self.job.batch_tokens == "auto" else self.job.batch_tokens,
             seed=self.job.seed,
         )
         candidates = [tokens[id] for id in pool.ids]
         return make_navigator(model, candidates, self.sets["target"], self.held_out, self.source.tokenizer, settings)
+
+    def _try_batch_sizes(
+        self,
+        model: torch.nn.Module,
+        compute: ComputeSettings,
+        pending: Mapping[str, Any],
+    ) -> int:
+        """Returns the batch size that was found best on the largest set that is to be computed."""
+        role = max(pending, key=lambda role: sum(len(unit.keys) for unit in pending[role]))
+        wanted = {key for unit in pending[role] for key in unit.keys}
+        mine = [t for key, t in zip(self.sets[role].keys, self.sets[role].tokens, strict=True) if key in wanted]
+        mine.sort(key=lambda tokens: -len(tokens.input_ids))
+        with (
+            self.clock.stage("trying batch sizes"),
+            GradientEngine(model, plain(compute.engine), checkpointing=compute.checkpointing) as engine,
+        ):
+            rates = try_sizes(engine, mine, compute.unit_tokens, compute.device)
+        self.notes.append(describe(rates))
+        return best_size(rates)
 
     def _store_folder(self, fingerprint: str) -> Path:
         """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
@@ -579,9 +664,13 @@ class Run:
         with ExitStack() as stack:
             with self.clock.stage(f"loading the model{where}"):
                 model = stack.enter_context(stop.source.opened(compute.dtype, compute.device))
+            if self.job.batch_tokens == "auto":
+                size = self._try_batch_sizes(model, compute, pending)
+                self.job = dataclasses.replace(self.job, batch_tokens=size)
+            compute = dataclasses.replace(compute, batch_tokens=int(self.job.batch_tokens))
             if pending["pool"] and references:
                 with self.clock.stage(f"references{where}"):
-                    stacked = measure_references(model, compute, references, self.progress)
+                    stacked = measure_references(model, compute, references, self.progress, self.notes.append)
                     write_facts(stores["pool"], stacked.facts)
             for role, units in pending.items():
                 if units:
@@ -589,7 +678,8 @@ class Run:
                         self.clock.stage(f"gradients of the {role}{where}") as written,
                         stop.engine(role, model, stacked) as engine,
                     ):
-                        written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress))
+                        say = self.notes.append
+                        written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress, say))
         return stacked.facts if stacked else {}
 
     def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:

@@ -1,0 +1,108 @@
+"""`gradsieve extract … --check N`: are the numbers in the store those of N random examples' own backward passes?
+
+What is compared is what was stored, rounding to float16 included, with float64 loops over single examples. References are
+measured again, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gradsieve.clock import Progress, silent
+from gradsieve.errors import InvalidArgument
+from gradsieve.extraction import ComputeSettings, Source, TokenSet, measure_references
+from gradsieve.gradients.loop import Loop
+from gradsieve.models import ModelSource
+from gradsieve.types import Gradients
+
+TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 2e-3), torch.bfloat16: (5e-2, 5e-2)}
+"""By compute type: of columns, and of sketches, which are stored in float16."""
+WIDE_TOLERANCE = 5e-2  # of products with references that are wide sketches
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One quantity over all examples that were compared.
+
+    Attributes:
+        name: `sketch`, or the column's name.
+        error: The largest error: of a norm or loss relative to it, of products and sketches to ‖g‖ (so that of a product is the
+            error of a cosine), of extremes to the largest entry, of mean and sd to the root mean square.
+        tolerance: What it may be.
+        worst: Id of the example with the largest error.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    worst: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def check(
+    stored: Gradients,
+    count: int,
+    pool: TokenSet,
+    source: ModelSource,
+    compute: ComputeSettings,
+    references: Mapping[str, Source],
+    seed: int,
+    progress: Progress = silent,
+) -> list[Compared]:
+    """Compares `count` random rows of a store with float64 loops.
+
+    Args:
+        stored: The rows.
+        count: How many of them to compare.
+        pool: The examples behind the rows.
+        source: The model; it is loaded once more, in float64, on the CPU.
+        compute: How the rows were made.
+        references: The examples behind the references.
+        seed: Of the choice of rows.
+        progress: Is told how far it is.
+
+    Raises:
+        InvalidArgument: There are fewer rows, or they are of Adam's direction.
+    """
+    n = len(stored.ids)
+    if not 1 <= count <= n:
+        raise InvalidArgument(f"check must lie in [1, {n}] (the usable examples), got {count}")
+    if compute.engine.direction != "sgd":
+        raise InvalidArgument(f"check must be of plain gradients, got direction {compute.engine.direction}; extract those")
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
+    model = source.load(torch.float64, "cpu") if source.live is None else copy.deepcopy(source.live).double().cpu()
+    exact = dataclasses.replace(compute, dtype=torch.float64, device="cpu", form="exact")
+    directions = measure_references(model, exact, references, progress)
+    tensors = {name: {key: t[i] for key, t in directions.tensors.items()} for i, name in enumerate(directions.names)}
+    loop = Loop(model, compute.engine, tensors)
+    place = {id: position for position, id in enumerate(pool.ids)}
+    columns, sketches = stored.columns, stored.rows(rows)
+    worst: dict[str, tuple[float, str]] = {}
+    for i, row in enumerate(rows.tolist()):
+        id = stored.ids[row]
+        tokens = pool.tokens[place[id]]
+        truth = loop.example(tokens.input_ids.tolist(), tokens.labels.tolist())
+        errors = {"sketch": float((sketches[i].double() - truth.sketch).norm()) / truth.columns["norm"]}
+        for name in truth.columns.keys() & columns.keys():
+            errors[name] = abs(float(columns[name][row]) - truth.columns[name]) / (truth.scales[name] or 1.0)
+        for name, error in errors.items():
+            worst[name] = max(worst.get(name, (-1.0, id)), (error, id))
+        progress("check", i + 1, count)
+    found = [Compared(name, error, _tolerance(name, compute), id) for name, (error, id) in worst.items()]
+    return sorted(found, key=lambda one: ("/" in one.name, one.name.partition("/")[2], one.name))
+
+
+def _tolerance(name: str, compute: ComputeSettings) -> float:
+    if name.startswith("dot/") and compute.form == "wide sketch":
+        return WIDE_TOLERANCE
+    columns, sketches = TOLERANCES[compute.dtype]
+    return sketches if name == "sketch" else columns

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gradsieve as gs
+from gradsieve import cli, store
+from gradsieve.check import TOLERANCES, Compared
+from gradsieve.pipeline import extract
+
+Write = Callable[..., Path]
+SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
+
+
+@pytest.fixture
+def job(write_data: Write, tiny_model: Path, tmp_path: Path) -> gs.Job:
+    roles = {
+        "pool": (str(write_data("pool", 24)),),
+        "target": (str(write_data("target", 6)),),
+        "anchor": (str(write_data("anchor", 6, category="arithmetic")),),
+    }
+    return gs.Job(model=str(tiny_model), store=str(tmp_path / "store"), **roles, **SMALL)
+
+
+def flags(job: gs.Job) -> list[str]:
+    given = {"model": job.model, "pool": job.pool[0], "target": job.target[0], "store": str(job.store), **SMALL}
+    return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.mark.parametrize("changes", [{}, {"params": "all"}, {"reduction": "sum", "dtype": "float64"}])
+def test_a_store_agrees_with_the_loop(job: gs.Job, changes: dict[str, Any]) -> None:
+    done = extract(dataclasses.replace(job, **changes), check=3)
+    names = {one.name for one in done.checked}
+    dots = {"dot/target", "dot/anchor", "dot/anchor:arithmetic", "dot/contrast/target"}
+    assert {"loss", "completion_tokens", "norm", "sketch", "norm/embedding", "min/lm_head"} | dots <= names
+    for one in done.checked:
+        assert one.passed, one
+        assert one.worst in done.problem.candidates.ids
+    assert max(one.error for one in done.checked) > 0
+
+
+def test_the_command_prints_a_table_and_finds_a_wrong_row(
+    job: gs.Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["extract", *flags(job), "--check", "4"]
+    assert cli.run(command) == 0
+    printed = capsys.readouterr().out
+    assert "4 random examples agree with one float64 backward pass each" in printed
+    assert all(word in printed for word in ("quantity", "largest error", "tolerance", "dot/target", "sketch"))
+
+    from gradsieve.store import gradient_store
+
+    original = gradient_store.read_tensors
+
+    def disturbed(path: Path, prefix: str) -> Any:
+        found = original(path, prefix)
+        return {name: values * (1.01 if name == "norm" else 1) for name, values in found.items()}
+
+    monkeypatch.setattr(gradient_store, "read_tensors", disturbed)
+    assert cli.run(command) == 2
+    failed = capsys.readouterr()
+    assert "errors of 4 examples must lie within tolerance, got larger ones in norm" in failed.err
+    assert "TOO LARGE" in failed.out
+
+
+def test_an_error_of_each_kind_is_seen(job: gs.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = extract(job)
+    from gradsieve.store.gradient_store import StoredGradients
+
+    original = StoredGradients.rows
+
+    def shifted(self: Any, index: torch.Tensor, checkpoint: str | None = None) -> torch.Tensor:
+        return original(self, (index + 1) % len(self.ids), checkpoint)  # everybody's neighbour's sketch
+
+    monkeypatch.setattr(StoredGradients, "rows", shifted)
+    assert {one.name for one in extract(job, check=3).checked if not one.passed} == {"sketch"}
+    assert len(kept.problem.candidates.ids) == 24
+
+
+def test_a_wide_sketch_of_references_has_a_tolerance_of_its_own(job: gs.Job) -> None:
+    done = extract(dataclasses.replace(job, reference_memory=0), check=2)
+    found = {one.name: one for one in done.checked}
+    assert found["dot/target"].tolerance > TOLERANCES[torch.float32][0] == found["norm"].tolerance
+    assert found["dot/target"].passed
+
+
+def test_more_rows_than_there_are_cannot_be_checked(job: gs.Job) -> None:
+    with pytest.raises(gs.InvalidArgument, match=r"check must lie in \[1, 24\] \(the usable examples\), got 25"):
+        extract(job, check=25)
+    assert not Compared("norm", 0.1, 0.01, "a").passed
+    assert store.GradientStore.open(Path(str(job.store)) / "pool")

@@ -1,0 +1,105 @@
+"""How extraction copes with too little memory, end to end."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradsieve as gs
+from gradsieve.models import find_model
+
+Write = Callable[..., Path]
+SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200, "budget": "25%"}
+
+
+@pytest.fixture
+def data(write_data: Write) -> dict[str, str]:
+    return {
+        "pool": str(write_data("pool", 24)),
+        "target": str(write_data("target", 6)),
+        "anchor": str(write_data("anchor", 6, category="arithmetic")),
+    }
+
+
+def cosines(result: gs.Result, name: str) -> Tensor:
+    columns = result.pool.columns
+    return columns[f"dot/{name}"] / columns["norm"]
+
+
+def test_references_that_do_not_fit_are_wide_sketches_and_it_is_said(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    common = {"model": str(tiny_model), **data, **SMALL}
+    exact = gs.select("ogs-static", store=str(tmp_path / "exact"), **common)
+    wide = gs.select("ogs-static", store=str(tmp_path / "wide"), reference_memory=0, **common)
+    note = "more than --reference-memory 0: products with them are estimated from sketches of 65536 numbers"
+    assert [note in text for text in wide.notes].count(True) == 1
+    assert not any(note in text for text in exact.notes)
+    for folder, products in (("exact", "exact"), ("wide", "wide sketch")):
+        manifest = json.loads((tmp_path / folder / "pool" / "store.json").read_text())["settings"]
+        assert manifest["reference_products"] == products
+        assert "batch_tokens" not in manifest
+    for name in exact.references:
+        error = cosines(wide, name) - cosines(exact, name)
+        assert 1e-7 < error.square().mean().sqrt() < 0.05, name  # two layers of 32 x 48 are far from independent numbers
+        assert wide.references[name].count == exact.references[name].count
+        assert wide.references[name].norm == pytest.approx(exact.references[name].norm, rel=0.1)
+    with pytest.raises(gs.StoreMismatch, match="reference_products exact in the store, wide sketch asked for"):
+        gs.select("ogs-static", store=str(tmp_path / "exact"), reference_memory=0, **common)
+    gs.select("random", store=str(tmp_path / "wide"), **common)  # reads no product
+
+
+def test_a_skeleton_has_the_parameters_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    source = find_model(tiny_model)
+    whole = source.load(torch.float32, "cpu")
+    skeleton = source.skeleton()
+    shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+    assert shapes == {name: p.shape for name, p in whole.named_parameters()}
+    assert all(p.is_meta for p in skeleton.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for the old name
+        get_peft_model(whole, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tiny_model)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapted = find_model(tmp_path).skeleton()
+    assert sum("lora_" in name for name, _ in adapted.named_parameters()) == 4
+
+
+def test_a_model_of_which_only_small_batches_fit_is_used_with_a_note(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    source = find_model(tiny_model)
+    common = {"tokenizer": source.tokenizer, **data, **SMALL, "batch_tokens": 600, "unit_tokens": 1000}
+    free = gs.select("ogs-static", model=source.load(torch.float32, "cpu"), store=str(tmp_path / "free"), **common)
+    longest = max(max(part.lengths) for part in free.sets.values())
+    tight = source.load(torch.float32, "cpu")
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[0] * args[0].shape[1] > longest:
+            torch.empty(1 << 60)  # more than there is: the allocator itself refuses
+
+    tight.model.layers[1].mlp.register_forward_pre_hook(hook)  # type: ignore[union-attr, index]
+    result = gs.select("ogs-static", model=tight, store=str(tmp_path / "tight"), **common)
+    assert any("did not fit in memory and was split" in note for note in result.notes)
+    assert any("batches of the references did not fit in memory" in note for note in result.notes)
+    assert [e.id for e in result.examples] == [e.id for e in free.examples]
+    for name, column in free.pool.columns.items():
+        assert torch.allclose(result.pool.columns[name], column, rtol=1e-3, atol=1e-5), name
+
+
+def test_checkpointing_changes_no_number(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    found = [
+        gs.select("ogs-static", model=str(tiny_model), store=str(tmp_path / str(on)), checkpointing=on, **data, **SMALL)
+        for on in (False, True)
+    ]
+    for name, column in found[0].pool.columns.items():
+        assert torch.allclose(found[1].pool.columns[name], column, rtol=1e-3, atol=1e-5), name
