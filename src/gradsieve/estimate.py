@@ -16,7 +16,7 @@ from gradsieve.clock import Cost, Progress, silent
 from gradsieve.extraction import TokenSet
 from gradsieve.pipeline import Job, Run, find_method
 
-ONCE = ("reading", "tokens", "loading the model")
+ONCE = ("reading", "tokens", "loading the model", "trying batch sizes")
 """Stages that an estimate goes through in full."""
 
 

@@ -267,7 +267,13 @@ class Stop:
     def engine(self, role: str, model: torch.nn.Module, references: References | None) -> GradientEngine:
         """Returns the engine for a set; the model is the one of `source`."""
         moments = moments_of(*self.moments, model) if role == "pool" and self.moments is not None else None
-        return GradientEngine(model, self.settings(role).engine, references if role == "pool" else None, moments=moments)
+        return GradientEngine(
+            model,
+            self.settings(role).engine,
+            references if role == "pool" else None,
+            checkpointing=self.compute.checkpointing,
+            moments=moments,
+        )
 
 
 def stops_of(
