@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import experts
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
+from gradsieve.gradients.sketch import SketchPlan
 
 V = 97
 LENGTHS = (14, 9, 11, 17)
@@ -159,6 +161,130 @@ def test_variants_of_lora_equal_the_loop(twin: Any, variant: dict[str, Any], che
     names = [name for name, _ in base.named_parameters() if "lora_" in name]
     assert ("use_dora" in variant) == any("magnitude" in name for name in names)
     twin.compare(base, "auto", names, twin.rows(LENGTHS), 3e-5, checkpointing=checkpointing)
+
+
+class Int8(nn.Module):
+    """A frozen linear layer whose weights are stored as int8, one scale a row: what quantised bases do, on any device."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}], ids=str)
+def test_adapters_of_an_int8_base_equal_the_loop(twin: Any, variant: dict[str, Any], checkpointing: bool) -> None:
+    base = twin.lora(build("mistral", torch.float32), torch.float32, **variant).get_base_model()
+    for module in list(base.modules()):
+        if hasattr(module, "base_layer"):
+            module.base_layer = Int8(module.base_layer)
+    names = [name for name, _ in base.named_parameters() if "lora_" in name]
+    assert sum(p.dtype == torch.int8 for p in base.parameters()) == len(names) // 2
+    twin.compare(base, "auto", names, twin.rows(LENGTHS), 3e-5, checkpointing=checkpointing)
+
+
+def quantised(twin: Any, bits: int) -> Any:
+    """LoRA on a base of bitsandbytes, on the processor."""
+    bnb = pytest.importorskip("bitsandbytes")
+    hf.set_seed(0)  # rows come in blocks of 32
+    wider = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = hf.AutoModelForCausalLM.from_config(hf.MistralConfig(**(SMALL | wider)))
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            shape = linear.in_features, linear.out_features
+            if bits == 4:
+                layer = bnb.nn.Linear4bit(*shape, bias=False, quant_type="nf4")
+                layer.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
+            else:
+                layer = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+                layer.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+            parent, _, short = name.rpartition(".")
+            setattr(model.get_submodule(parent), short, layer.to("cpu"))
+    base = twin.lora(model, torch.float32).get_base_model()
+    assert {torch.uint8 if bits == 4 else torch.int8} < {p.dtype for p in base.parameters()}
+    return base
+
+
+def test_adapters_of_a_4_bit_base_equal_the_loop_over_its_weights(twin: Any) -> None:
+    base, rows = quantised(twin, 4), twin.rows(LENGTHS)
+    with GradientEngine(base, EngineSettings("lora", signals=False)) as engine:
+        names, norms = [site.name for site in engine.sites], engine.block(twin.pad(rows)).columns["norm"]
+        assert all(torch.equal(norms, engine.block(twin.pad(rows)).columns["norm"]) for _ in range(2))
+    import bitsandbytes as bnb
+
+    for module in list(base.modules()):
+        if hasattr(module, "base_layer"):
+            weight = module.base_layer.weight
+            plain = nn.Linear(module.base_layer.in_features, module.base_layer.out_features, bias=False)
+            plain.weight = nn.Parameter(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+            module.base_layer = plain
+    true = twin.naive(base, rows)
+    assert norms.tolist() == pytest.approx([true.norm(z, names) for z in range(len(rows))], rel=1e-4)
+
+
+def test_4_bit_weights_packed_for_inference_are_refused(twin: Any) -> None:
+    base = quantised(twin, 4)
+    if not base.model.layers[0].self_attn.q_proj.base_layer.support_avx512bf16_for_cpu:
+        pytest.skip("this processor does not pack them")
+    with torch.no_grad():
+        base.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+    with (
+        pytest.raises(ModelError, match=r"q_proj\.base_layer must have 4-bit weights that gradients pass through"),
+        GradientEngine(base),
+    ):
+        pass
+
+
+def test_adapters_of_an_8_bit_base_equal_one_backward_per_example(twin: Any) -> None:
+    base, rows = quantised(twin, 8), twin.rows(LENGTHS)
+    with GradientEngine(base, EngineSettings("lora", signals=False)) as engine:
+        names, norms = [site.name for site in engine.sites], engine.block(twin.pad(rows)).columns["norm"]
+    own = [base.get_parameter(name).requires_grad_(True) for name in names]
+    base.eval()  # its inputs are quantised too, whatever their type: the loop is in float32
+    for z, row in enumerate(rows):
+        scores = base(input_ids=row.ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        at = row.labels[1:] != -100
+        gradients = torch.autograd.grad(-scores[at].gather(1, row.labels[1:][at][:, None]).mean(), own)
+        assert norms[z].item() == pytest.approx(sum(g.double().square().sum().item() for g in gradients) ** 0.5, rel=1e-5)
+
+
+def test_weights_of_an_int8_base_have_no_gradient_and_are_refused(twin: Any) -> None:
+    base = twin.lora(build("mistral", torch.float32), torch.float32).get_base_model()
+    layer = base.model.layers[0].self_attn.q_proj
+    layer.base_layer = Int8(layer.base_layer)
+    message = r"q_proj\.base_layer\.weight must belong to a layer gradsieve has a rule for, got Int8; .*--params"
+    with pytest.raises(ModelError, match=message):
+        GradientEngine(base, EngineSettings("linear"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "qwen3-moe"])  # windows of five tokens in the first two
+def test_packed_rows_attend_within_their_parts(twin: Any, family: str, checkpointing: bool) -> None:
+    model, rows = build(family), twin.rows((14, 9, 17, 11))
+    pairs = [rows[:2], rows[2:]]
+    packed = twin.pad(
+        [type(rows[0])(*(torch.cat([getattr(row, x) for row in pair]) for x in ("ids", "labels"))) for pair in pairs]
+    )
+    places = torch.zeros_like(packed.input_ids)
+    for z, pair in enumerate(pairs):
+        both = torch.cat([torch.arange(len(row.ids)) for row in pair])
+        places[z, : len(both)] = both
+        places[z, len(both) :] = torch.arange(places.shape[1] - len(both))  # padding is a part of its own
+    settings = EngineSettings("linear", SketchPlan(256, seed=5), "sum", signals=False)
+    with GradientEngine(model, settings, checkpointing=checkpointing) as engine:
+        names, block = [site.name for site in engine.sites], engine.block(dataclasses.replace(packed, position_ids=places))
+    true = twin.naive(model, rows, "sum")
+    for z in (0, 1):
+        own = [true.merged(i, names) for i in (2 * z, 2 * z + 1)]
+        norm = sum(float((own[0][key] + own[1][key]).square().sum()) for key in own[0]) ** 0.5
+        sketch = sum(true.sketch(i, names, settings.sketch) for i in (2 * z, 2 * z + 1))
+        assert block.columns["norm"][z].item() == pytest.approx(norm, rel=1e-6)
+        assert (block.sketch[z] - sketch).norm() < 1e-5 * norm
 
 
 def test_adapters_of_the_embedding_are_refused(twin: Any) -> None:

@@ -21,6 +21,7 @@ from gradsieve.gradients import engine as engine_module
 from gradsieve.gradients import head as head_file
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.layers import choose_way
 from gradsieve.gradients.settings import Batch, Block, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.gradients.sums import Sums
@@ -514,3 +515,39 @@ def test_a_batch_is_let_go_without_the_garbage_collector(twin: Any, monkeypatch:
         gc.enable()
     assert len(kept) > 20
     assert alive == []
+
+
+def shapes_of(model: nn.Module) -> set[tuple[int, int]]:
+    return {(p.shape[0], p.shape[1]) for name, p in model.named_parameters() if "proj" in name and p.ndim == 2}
+
+
+def test_products_around_the_gradient_add_up_over_layers(twin: Any) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
+    settings = EngineSettings("linear", SketchPlan(256, seed=5), norms=False, signals=False)
+    facts: dict[str, Any] = {"side": 64, "norm": False, "extremes": False, "references": 1, "half": False}
+    ways = [choose_way(6, *shape, sharers, **facts) for shape in shapes_of(model) for sharers in (1, 2, 3)]
+    assert not any(way.products for way in ways)
+    with GradientEngine(model, settings) as engine:
+        references = References.stack({"r": engine.mean_gradient([twin.pad(rows[:2])])})
+    with GradientEngine(model, settings, references) as engine:
+        found = engine.block(twin.pad(rows)).columns["dot/r"]
+    true, names = twin.naive(model, rows), chosen_names(model, "linear")
+    r = true.mean(names, [0, 1])
+    length = sum(float(g.square().sum()) for g in r.values()) ** 0.5
+    assert found.tolist() == pytest.approx([true.dot(z, r, names) / length for z in range(3)], rel=1e-9)
+
+
+def test_a_module_called_twice_keeps_what_it_read_where_gram_matrices_would_do(twin: Any) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    settings = EngineSettings("linear", SketchPlan(256, seed=5), signals=False)
+    facts: dict[str, Any] = {"side": 64, "norm": True, "extremes": False, "references": 0, "half": False}
+    for length in (6, 12):
+        ways = [choose_way(length, *shape, sharers, **facts) for shape in shapes_of(model) for sharers in (1, 2, 3)]
+        assert not any(way.products for way in ways)
+    with GradientEngine(model, settings) as engine:
+        names, block = [site.name for site in engine.sites], engine.block(twin.pad(rows))
+    true = twin.naive(model, rows)
+    for z in range(len(rows)):
+        assert block.columns["norm"][z].item() == pytest.approx(true.norm(z, names), rel=1e-9)
+        assert (block.sketch[z] - true.sketch(z, names, settings.sketch)).norm() < 1e-6 * true.norm(z, names)

@@ -81,6 +81,7 @@ class GradientEngine:
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             self.model.eval().requires_grad_(False)
+            _keep_differentiable(self.model)
             watched: dict[nn.Module, list[Site]] = {}
             for site in self._watched_sites():
                 watched.setdefault(site.owner, []).append(site)
@@ -146,7 +147,8 @@ class GradientEngine:
         self._pass = state
         try:
             with torch.enable_grad(), set_checkpoint_early_stop(False):  # else a block's last layers would not run again
-                hidden: Tensor = self.model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
+                places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+                hidden: Tensor = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **places)[0]
             supervised = Supervised.of(batch.labels, self.settings.reduction, self.head.dtype, batch.scale)
             picked = hidden.detach()[supervised.example, supervised.position]
             gradient = state.head(picked, supervised)
@@ -369,6 +371,22 @@ class _Lookup(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         return self._looked_up(args[0], output) if func is nn.functional.embedding else output
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keeps 4-bit layers of bitsandbytes from being packed for inference, which eval mode allows and no gradient passes.
+
+    Raises:
+        ModelError: That has happened already.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    f"{name} must have 4-bit weights that gradients pass through, got weights that bitsandbytes has packed for "
+                    "inference; load the model again, and take gradients before anything else"
+                )
+            module.training = True  # it has no dropout: this is all that the mode means there
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
