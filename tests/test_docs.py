@@ -156,7 +156,7 @@ def allowed_flags(words: list[str]) -> set[str]:
         return flags_of(Job) | own | {"--out", "--config", "--help"}
     known = {
         "demo": flags_of(Demo),
-        "extract": flags_of(Job) | {"--config"},
+        "extract": flags_of(Job) | {"--config", "--check"},
         "replay": flags_of(Replay),
         "export": flags_of(Export),
         "report": flags_of(Rebuild),
