@@ -66,6 +66,14 @@ def test_short_answers_alone_are_no_leak() -> None:
         assert len(find_leaks(sides, ["test"], 0.8)) == leaks
 
 
+def test_a_short_answer_that_a_long_one_holds_is_no_leak() -> None:
+    words = [f"w{i}" for i in range(SHORTEST + 2)]
+    long, short = example("l", "a b c d e f g h", " ".join(words)), example("s", "q r s t u v w x y", " ".join(words[:-1]))
+    assert jaccard(" ".join(words), " ".join(words[:-1])) > 0.8
+    assert find_leaks({"pool": [long], "test": [short]}, ["test"], 0.8) == []
+    assert find_leaks({"pool": [short], "test": [long]}, ["test"], 0.8) == []
+
+
 def test_the_side_that_steers_wins_over_the_pool_and_tests_win_over_all() -> None:
     twin = example("x", "What is bile?", "A fluid of the liver.")
     sides: dict[str, Sequence[Example]] = {"pool": POOL, "target": [twin], "anchor": [twin], "test a": TEST, "test b": TEST}

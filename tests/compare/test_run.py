@@ -214,7 +214,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, t
     folder = tmp_path / "study" / "cells" / "base"
     (folder / "result.json").unlink()
     with open(folder / ".claim", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_SH)  # which only an exclusive claim meets
         done = Comparison.of(config).run()
     assert "base" not in [one.cell.name for one in done]
     assert "base" in [one.cell.name for one in Comparison.of(config).run()]

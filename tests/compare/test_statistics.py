@@ -36,8 +36,10 @@ def bootstrap_naive(table: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> 
 
 
 @pytest.mark.parametrize(("seeds", "items"), [(1, 7), (2, 5), (3, 12), (5, 4)])
-def test_the_bootstrap_is_the_one_written_with_loops(seeds: int, items: int) -> None:
-    table = np.random.default_rng(seeds).normal(0.3, 1, (seeds, items))
+@pytest.mark.parametrize("apart", [(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (2.0, 2.0)])
+def test_the_bootstrap_is_the_one_written_with_loops(seeds: int, items: int, apart: tuple[float, float]) -> None:
+    rng = np.random.default_rng(seeds)
+    table = rng.normal(0.3, 1, (seeds, items)) + rng.normal(0, apart[0], (seeds, 1)) + rng.normal(0, apart[1], (1, items))
     draws = Draws.of(seeds, 60)
     counts = draws.items("x", items)
     slow = bootstrap_naive(table, draws.seeds, counts)
