@@ -2,8 +2,8 @@
 
 Random subsets of the demo's pool are trained on, from the same start each time; the KL divergence to the base model on the
 anchor's held-out half and the target's loss are measured, and compared with what the simulator (Eq. OGS-9, OGS-11) says of the
-same rows. A third of the subsets are uniform draws of equal size, a third of any size up to that, a third of few clusters of
-the pool. Prints one line a subset, then the correlations.
+same rows, to first order for the loss. A third of the subsets are uniform draws of equal size, a third of any size up to that,
+a third of few clusters of the pool. Prints one line a subset, then the correlations.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
     assert problem.anchors is not None
     directions = Directions.of(pool)
     surfaces = (
-        Surface.loss(problem.targets, cosines(pool, "target")),
+        Surface.loss(problem.targets, cosines(pool, "target")).scaled(1.0, 0.0),
         Surface.loss(problem.anchors, cosines(pool, "anchor")).scaled(0.0, 1.0),
     )
     model = source.load(resolve_dtype("auto", "cpu"), "cpu")
