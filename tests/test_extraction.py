@@ -103,3 +103,33 @@ def test_checkpointing_changes_no_number(data: dict[str, str], tiny_model: Path,
     ]
     for name, column in found[0].pool.columns.items():
         assert torch.allclose(found[1].pool.columns[name], column, rtol=1e-3, atol=1e-5), name
+
+
+def test_every_reason_for_leaving_an_example_out_reaches_the_ledger_and_the_others_go_on(
+    write_data: Write, tiny_model: Path, tmp_path: Path
+) -> None:
+    def line(id: str, prompt: str, answer: dict[str, Any]) -> str:
+        return json.dumps({"id": id, "messages": [{"role": "user", "content": prompt}, {"role": "assistant", **answer}]})
+
+    pool = tmp_path / "pool.jsonl"
+    lines = [line(f"good-{i}", f"what is {i}?", {"content": f"It is {i}."}) for i in range(6)]
+    lines.insert(1, line("damaged", "what is ~?", {"content": "It is ~."}))
+    lines.insert(3, line("silent", "what is it?", {"content": "It is it.", "weight": 0}))
+    lines.insert(5, line("long", "x" * 500, {"content": "never reached"}))
+    pool.write_text("\n".join(lines) + "\n")
+    source = find_model(tiny_model)
+    model: Any = source.load(torch.float32, "cpu")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[source.tokenizer("~")["input_ids"][-1]] = torch.inf
+    result = gs.select(
+        "orth-only", model=model, tokenizer=source.tokenizer, pool=str(pool), out=tmp_path / "out", max_length=300,
+        anchor=str(write_data("anchor", 6)), target=str(write_data("target", 4)), **(SMALL | {"budget": "2"}),
+    )  # fmt: skip
+    ledger = [json.loads(row) for row in (tmp_path / "out" / "excluded.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["row"], row["reason"].partition(":")[0]) for row in ledger] == [
+        ("damaged", 1, "its gradient is not finite (NaN or infinite)"),
+        ("silent", 3, "no completion tokens"),
+        ("long", 5, "no completion tokens after truncation"),
+    ]
+    assert sorted(result.pool.ids) == [f"good-{i}" for i in range(6)]
+    assert len(result.examples) == 2
