@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.records import Finished, read_finished, read_items, read_results
 from gradsieve.compare.run import Comparison
+from gradsieve.compare.subsets import _store
 from gradsieve.compare.training import Job, full_steps, make_job, work
 from gradsieve.errors import InvalidArgument
 
@@ -218,6 +220,22 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, t
         done = Comparison.of(config).run()
     assert "base" not in [one.cell.name for one in done]
     assert "base" in [one.cell.name for one in Comparison.of(config).run()]
+
+
+def test_a_store_is_filled_by_one_process_at_a_time(config: Config, tmp_path: Path) -> None:
+    comparison = Comparison.of(config)
+    cell = Cell("less", "25%", 0, "equal_steps")
+    store = _store(comparison.study, comparison.material, config.arm("less"), 0)
+    store.mkdir(parents=True)
+    with open(store / ".claim", "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)  # as long as another is at it
+        waiting = threading.Thread(target=comparison.chosen, args=(cell,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert {path.name for path in store.iterdir()} == {".claim"}
+    waiting.join(100)
+    assert (store / "whole").exists()
 
 
 def test_no_cell_is_begun_after_the_minutes(config: Config) -> None:

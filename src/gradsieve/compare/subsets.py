@@ -7,9 +7,11 @@ written beside it while it goes, so that a kill loses seconds of the record, not
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,13 +192,23 @@ def _file(study: Path, arm: Arm, budget: str, seed: int) -> Path:
 def _gradients(study: Path, material: Material, arm: Arm, seed: int, progress: Progress) -> float:
     """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds they took in all."""
     store = _store(study, material, arm, seed)
-    if not (store / "whole").exists():
-        stopwatch = _Stopwatch(store / "spent.json", progress)
-        everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
-        _select(store, material, everything, "1", seed, stopwatch.progress)
-        stopwatch.write()
-        (store / "whole").touch()
+    with _alone(store):
+        if not (store / "whole").exists():
+            stopwatch = _Stopwatch(store / "spent.json", progress)
+            everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
+            _select(store, material, everything, "1", seed, stopwatch.progress)
+            stopwatch.write()
+            (store / "whole").touch()
     return float(read_json(store / "spent.json")["seconds"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process fills a store; one that is killed waits for nobody any more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".claim", "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
