@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.selectors.dense import dense, mean_gradient, squared_norms
+from gradsieve.selectors.dense import mean_gradient, rows_of
 from gradsieve.selectors.omp import Match, match_gradient
 from gradsieve.selectors.ranking import id_order, length_check
 from gradsieve.selectors.reading import require, zero_note
@@ -32,21 +32,24 @@ class GradMatch:
     Departs from the paper: b is the mean gradient and not the sum, which divides all weights by the number of examples in
     the mean and changes nothing else; the weights given are k·w, so that (1/k) Σ weight·g ≈ b and a weight of 1 is
     ordinary; λ is given as a share; examples whose weight falls to zero free their place for another, and the paper's code
-    fills what is left of the budget with random examples.
+    fills what is left of the budget with random examples; at the end examples are exchanged (`exchange`).
 
-    Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them (0.4 GB for 100,000 x 1024), 256n
-    for products and 16k² + 8kd for the refit.
+    Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them if that is at most 1 GB (0.4 GB for
+    100,000 x 1024), else they are read anew for every few dozen steps; 400n for products and 16k² + 8kd for the refit.
 
     Attributes:
         match: Whose mean gradient is matched: "target", the examples of the ability you want, or "pool", all candidates
             (a summary of the pool).
         lam: λ ≥ 0 as a share of the candidates' mean squared gradient norm. More of it spreads the weight over more examples.
         tolerance: Ends when ‖Σ w g - b‖ is at most this share of ‖b‖, in [0, 1).
+        exchange: Whether, once the budget is spent, examples are exchanged for others as long as that lowers the objective by
+            a thousandth or more.
     """
 
     match: Matched = "target"
     lam: float = 0.5
     tolerance: float = 1e-4
+    exchange: bool = True
 
     title: ClassVar[str] = "GRAD-MATCH"
     picks_by: ClassVar[str] = "how well the weighted sum of the chosen gradients matches the gradient to be matched"
@@ -66,13 +69,13 @@ class GradMatch:
         """Returns the examples in the order in which they were picked; O(n d k + k² d). `rng` is not used.
 
         The scores are <g, b>/‖b‖, by which the first example is picked. The trace holds the error ‖Σ w g - b‖/‖b‖ after every
-        step, how many examples lost their weight again, and Σ w.
+        step, how many examples lost their weight again, how many of these to an exchange, and Σ w.
         """
         require(problem, self.needs, "gradmatch", budget)
         pool = problem.candidates
         by_id = id_order(pool.ids)
-        G = dense(pool, by_id)
-        squares = squared_norms(G)
+        G = rows_of(pool, by_id)
+        squares = G.squares
         zero = torch.zeros(len(by_id), dtype=torch.bool)
         zero[by_id] = squares == 0
         notes = zero_note(pool, zero, "gradmatch")
@@ -80,15 +83,19 @@ class GradMatch:
         price = None if budget.tokens is None else pool.columns["tokens"][by_id]
         limit, purse = budget.limit(pool), math.inf if budget.tokens is None else budget.tokens
         ridge = self.lam * float(squares[squares > 0].mean())
-        found = match_gradient(G, b, limit, ridge=ridge, tolerance=self.tolerance, price=price, purse=purse)
+        found = match_gradient(
+            G, b, limit, ridge=ridge, tolerance=self.tolerance, price=price, purse=purse, exchange=self.exchange
+        )
         scores = torch.full((len(by_id),), torch.nan, dtype=torch.float64)
-        scores[by_id] = torch.cat([part.double() @ (b / b.norm()) for part in G.split(4096)])
+        for block, sketch in pool.blocks():
+            scores[block] = sketch.double() @ (b / b.norm())
         scores[zero] = torch.nan
         correlation, length_notes = length_check({"score": scores}, pool)
         trace = {
             "match": self.match,
             "error": found.error,
             "dropped": len(found.picks) - len(found.rows),
+            "exchanged": found.exchanged,
             "weight_sum": float(found.weights.sum()),
             "length_correlation": correlation,
         }

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradsieve.selectors.dense import squared_norms
+from gradsieve.selectors.dense import DenseRows, Rows
 
 ALIGNED = 1e-5
 """Smallest cosine with the residual that counts as positive; float32 products are good to about 1e-7."""
@@ -28,6 +28,10 @@ TIE = 1e-6
 """Products that differ by less, as a share of the largest ‖g‖‖r‖, are equal: the first row wins."""
 SHORTLIST = 2048
 DRAFT = 32
+EXCHANGED = 1e-3
+"""Share of the objective by which an exchange must lower it; what is below is not worth a pass over all rows."""
+EXCHANGE_SHORTLIST = 256
+EXCHANGE_TRIES = 4
 
 Stop = Literal["limit", "matched", "unaligned", "spent", "stalled"]
 
@@ -45,6 +49,7 @@ class Match:
             with the residual (then w is optimal over all rows); the next row costs more than is left of the purse; or
             rounding keeps the objective from falling.
         refused: The row that the purse could not pay for, or -1.
+        exchanged: How many rows were exchanged at the end; each exchange is a step in `error` and `picks` too.
     """
 
     rows: Tensor
@@ -53,10 +58,11 @@ class Match:
     picks: list[int]
     stop: Stop
     refused: int = -1
+    exchanged: int = 0
 
 
 def match_gradient(
-    G: Tensor,
+    G: Tensor | Rows,
     b: Tensor,
     limit: int,
     *,
@@ -65,6 +71,7 @@ def match_gradient(
     price: Tensor | None = None,
     purse: float = math.inf,
     shortlist: int = SHORTLIST,
+    exchange: bool = False,
 ) -> Match:
     """Returns at most `limit` rows of G with weights w ≥ 0 that make ‖G'w - b‖² + ridge·‖w‖² small.
 
@@ -73,8 +80,12 @@ def match_gradient(
     Hanson's non-negative least squares, started from the weights before, so that the objective falls at every step: a row
     whose weight reaches zero leaves, its place is free, and it may be taken again.
 
+    With `exchange` a pursuit that the limit or the purse ended goes on by exchanging one row for another (Jain et al. 2011,
+    "Orthogonal matching pursuit with replacement") as long as that lowers the objective by a thousandth: of the 256 rows with
+    the largest products, and of all rows that could leave for each, the pair that lowers it most.
+
     Args:
-        G: float32 [n, d]; earlier rows win ties.
+        G: float32 [n, d], in memory or streamed; earlier rows win ties.
         b: The vector to match, float64 [d], not zero.
         limit: Most rows with positive weight, ≥ 1.
         ridge: ≥ 0, in squared gradient norms. At 0 no more than d rows can have weight.
@@ -82,27 +93,32 @@ def match_gradient(
         price: Cost of each row, float64 [n]; the rows with weight may cost `purse` together.
         purse: See `price`.
         shortlist: Rows to draft on; it changes the time, not the result. From n on nothing is drafted.
+        exchange: Whether rows are exchanged at the end.
 
     Returns:
         The match, in O(nd + t(t + d)) for the t-th step. Beside G it keeps 8(2t² + td) bytes for t rows with weight, and
-        256n for the products of a draft.
+        400n for the products of a draft.
     """
-    pursuit = _Pursuit(G, b, limit, ridge, tolerance, price, purse)
-    few, F = torch.zeros(0, dtype=torch.long), G[:0]
+    rows: Rows = DenseRows.of(G) if isinstance(G, Tensor) else G
+    pursuit = _Pursuit(rows, b, limit, ridge, tolerance, price, purse)
+    few, F = torch.zeros(0, dtype=torch.long), rows.take(torch.zeros(0, dtype=torch.long))
     length = DRAFT // 4
-    c = G @ b.float()
+    c = rows.products(b[None])[0]
     while pursuit.stop is None:
         pursuit.decide(c)
         if not pursuit.block:
             break
-        if shortlist < len(G):
+        if shortlist < len(c):
             few = c.topk(shortlist).indices.sort().values
-            F = G[few]
+            F = rows.take(few)
             pursuit.draft(few, F, length)
-        C = (G @ torch.stack([step.residual for step in pursuit.block]).float().T).T.contiguous()
+        C = rows.products(torch.stack([step.residual for step in pursuit.block]))
         kept = pursuit.verify(C)
-        c = C[kept]
+        c = C[kept].clone()
+        del C
         length = min(2 * (kept + 1), DRAFT)
+    while exchange and pursuit.stop in ("limit", "spent") and pursuit.exchange(c):
+        c = rows.products(pursuit.residual[None])[0]
     return pursuit.result()
 
 
@@ -124,18 +140,19 @@ class _Pursuit:
     """
 
     def __init__(
-        self, G: Tensor, b: Tensor, limit: int, ridge: float, tolerance: float, price: Tensor | None, purse: float
+        self, G: Rows, b: Tensor, limit: int, ridge: float, tolerance: float, price: Tensor | None, purse: float
     ) -> None:
         self._G, self._b, self._limit, self._ridge, self._tolerance = G, b, limit, ridge, tolerance
         self._price, self._purse = price, purse
         self._length = float(b.norm())
-        self._largest = float(squared_norms(G).max().sqrt())
-        self._support = _Support(G.shape[1], ridge)
-        self._taken = torch.zeros(len(G), dtype=torch.bool)
+        self._largest = float(G.squares.max().sqrt())
+        self._support = _Support(G.width, ridge)
+        self._taken = torch.zeros(len(G.squares), dtype=torch.bool)
         self._last = _Step(-1, [], torch.zeros(0, dtype=torch.float64), b, self._length**2)
         self._picks: list[int] = []
         self._error: list[float] = []
         self._refused = -1
+        self._exchanged = 0
         self.block: list[_Step] = []
         self.stop: Stop | None = None
 
@@ -193,14 +210,52 @@ class _Pursuit:
         """Returns the settled steps."""
         assert self.stop is not None
         rows = torch.tensor(self._last.rows, dtype=torch.long)
-        return Match(rows, self._last.weights, self._error, self._picks, self.stop, self._refused)
+        return Match(rows, self._last.weights, self._error, self._picks, self.stop, self._refused, self._exchanged)
+
+    @property
+    def residual(self) -> Tensor:
+        """What is left to match, float64 [d]."""
+        return self._last.residual
+
+    def exchange(self, c: Tensor) -> bool:
+        """Exchanges one row for another where that lowers the objective enough; returns whether it did.
+
+        Args:
+            c: Products of all rows with the residual: float32 [n].
+        """
+        last, support = self._last, self._support
+        open_ = c.masked_fill(self._taken | ~(c > 0), -math.inf)
+        few = open_.topk(min(EXCHANGE_SHORTLIST, int((open_ > 0).sum()))).indices.sort().values
+        if not len(few) or not len(last.rows):
+            return False
+        F = self._G.take(few).double()
+        gain = support.exchange_gains(F, F @ last.residual, last.weights)
+        if self._price is not None:
+            spare = self._purse - float(self._price[last.rows].sum())
+            dearer = self._price[few][None, :] - self._price[last.rows][:, None]
+            gain = gain.masked_fill(dearer > spare, -math.inf)
+        pairs = gain.flatten().topk(min(EXCHANGE_TRIES, gain.numel()))
+        for value, pair in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
+            if not value > EXCHANGED * last.objective:
+                break
+            out, into = divmod(pair, len(few))
+            weights = support.exchange(out, int(few[into]), F[into], self._b, last.weights)
+            step = self._step(int(few[into]), weights) if weights is not None else last
+            if step.objective < (1 - EXCHANGED) * last.objective:
+                self._to(step)
+                self._picks.append(step.pick)
+                self._error.append(float(step.residual.norm()) / self._length)
+                self._exchanged += 1
+                return self._exchanged < self._limit
+            support.restore(last.rows, self._G, self._b)  # with w ≥ 0 it gains less than without
+        return False
 
     def _best(self, c: Tensor, residual: Tensor | None = None) -> int:
         r = self._last.residual if residual is None else residual
         return int((c >= c.max() - TIE * self._largest * float(r.norm())).int().argmax())
 
     def _aligned(self, pick: int) -> bool:
-        g, r = self._G[pick].double(), self._last.residual
+        g, r = self._row(pick), self._last.residual
         return not self._taken[pick] and float(g @ r) > ALIGNED * float(g.norm() * r.norm())
 
     def _affords(self, pick: int) -> bool:
@@ -208,20 +263,26 @@ class _Pursuit:
 
     def _take(self, pick: int) -> None:
         last, support = self._last, self._support
-        if not support.append(pick, self._G[pick].double(), self._b):
+        if not support.append(pick, self._row(pick), self._b):
             self.stop = "stalled"
             return
-        weights = support.refit(last.weights)
-        residual = self._b - support.combine(weights)
-        objective = float(residual.square().sum() + self._ridge * weights.square().sum())
-        self._to(_Step(pick, list(support.rows), weights, residual, objective))
-        self.block.append(self._last)
-        if not objective < last.objective - 1e-13 * self._length**2:
+        step = self._step(pick, support.refit(last.weights))
+        self._to(step)
+        self.block.append(step)
+        if not step.objective < last.objective - 1e-13 * self._length**2:
             self.stop = "stalled"
-        elif float(residual.norm()) <= self._tolerance * self._length:
+        elif float(step.residual.norm()) <= self._tolerance * self._length:
             self.stop = "matched"
         elif len(support.rows) >= self._limit:
             self.stop = "limit"
+
+    def _step(self, pick: int, weights: Tensor) -> _Step:
+        residual = self._b - self._support.combine(weights)
+        objective = float(residual.square().sum() + self._ridge * weights.square().sum())
+        return _Step(pick, list(self._support.rows), weights, residual, objective)
+
+    def _row(self, row: int) -> Tensor:
+        return self._G.take(torch.tensor([row]))[0].double()
 
     def _take_back(self, j: int) -> None:
         self.block = self.block[: j + 1]
@@ -274,7 +335,41 @@ class _Support:
         """
         w = torch.cat([weights, weights.new_zeros(1)])
         q = self._Q[len(w) - 1, : len(w)]
-        z = w + (q @ self._h[: len(w)]) * q  # K⁻¹h = Q'Qh, of which all but the last row's share was there
+        return self._towards(w, w + (q @ self._h[: len(w)]) * q)  # K⁻¹h = Q'Qh, of which all but the last's share was there
+
+    def exchange_gains(self, F: Tensor, c: Tensor, weights: Tensor) -> Tensor:
+        """Returns by how much ‖A'w - b‖² + ridge·‖w‖² falls if a row leaves and another comes: float64 [t, q]; signs left free.
+
+        With k = A f, u = K⁻¹k and s = ‖f‖² + ridge - k'u, row f brings c²/s and moves the weights to w - (c/s) u; the diagonal
+        of the inverse grows by u²/s, and row i leaves at the cost of its new weight squared over its entry there.
+
+        Args:
+            F: The rows that may come: float64 [q, d].
+            c: Their products with the residual: float64 [q].
+            weights: The least squares solution: float64 [t].
+        """
+        t = len(self.rows)
+        Q, own = self._Q[:t, :t], F.square().sum(1)
+        k = self._A[:t] @ F.T
+        u = Q.T @ (Q @ k)
+        s = own + self._ridge - (k * u).sum(0)
+        c, s = c.where(s > DEPENDENT * own, 0.0), s.where(s > DEPENDENT * own, 1.0)
+        moved = weights[:, None] - (c / s) * u
+        return c.square() / s - moved.square() / (Q.square().sum(0)[:, None] + u.square() / s)
+
+    def exchange(self, out: int, row: int, g: Tensor, b: Tensor, weights: Tensor) -> Tensor | None:
+        """Drops the row at place `out`, adds another, and returns the weights; None if the new one depends on the others."""
+        leaves = torch.zeros(len(self.rows), dtype=torch.bool)
+        leaves[out] = True
+        self._drop(leaves)
+        if not self.append(row, g, b):
+            return None
+        w = torch.cat([weights[~leaves], weights.new_zeros(1)])
+        Q = self._Q[: len(w), : len(w)]
+        return self._towards(w, Q.T @ (Q @ self._h[: len(w)]))
+
+    def _towards(self, w: Tensor, z: Tensor) -> Tensor:
+        """Returns the weights ≥ 0 that the inner loop of Lawson and Hanson reaches from w ≥ 0, z the solution without signs."""
         while (z <= 0).any():
             reach = torch.where(z <= 0, w / (w - z), math.inf)  # how far from w towards z each weight stays ≥ 0
             w = w + reach.min() * (z - w)
@@ -289,7 +384,7 @@ class _Support:
         """Returns A'w: float64 [d]."""
         return weights @ self._A[: len(self.rows)]
 
-    def restore(self, rows: list[int], G: Tensor, b: Tensor) -> None:
+    def restore(self, rows: list[int], G: Rows, b: Tensor) -> None:
         """Makes `rows` the rows: the ones that they begin with alike stay, the others are factored again."""
         same = 0
         while same < min(len(rows), len(self.rows)) and rows[same] == self.rows[same]:
@@ -298,7 +393,7 @@ class _Support:
         while t > len(self._A):
             self._grow()
         self.rows = list(rows)
-        self._A[same:t] = G[rows[same:]].double()
+        self._A[same:t] = G.take(torch.tensor(rows[same:], dtype=torch.long)).double()
         self._h[same:t] = self._A[same:t] @ b
         self._K[:t, same:t] = self._A[:t] @ self._A[same:t].T
         self._K[same:t, :same] = self._K[:same, same:t].T
