@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradsieve.errors import InvalidArgument
+from gradsieve.selectors import pgm
 from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.pgm import PGM
 from gradsieve.types import ArrayGradients, Budget, Problem
@@ -23,14 +24,12 @@ def pgm_naive(problem, partitions, size, budget, match, lam, seed):
     order = order[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
     batches = [sorted(b.tolist(), key=pool.ids.__getitem__) for b in order.split(size)]
     means = torch.stack([G[b].mean(0) for b in batches])
-    whole = means.square().sum(1).mean()
     weight = {}
     queues = []
     for part in torch.arange(len(batches)).tensor_split(partitions):
         of_part = ArrayGradients([f"{i:04d}" for i in part.tolist()], means[part])
         picks = budget // size // partitions
-        share = lam * whole / means[part].square().sum(1).mean()
-        chosen = GradMatch(match, lam=float(share)).select(
+        chosen = GradMatch(match, lam=lam, exchange=False).select(
             Problem(of_part, problem.targets), Budget(examples=picks), torch.Generator()
         )
         queue = part[chosen.rows].tolist()
@@ -71,7 +70,7 @@ def test_the_curve_has_the_error_of_gradmatch_and_of_each_number_of_parts(make_p
     problem = make_problem(200, d=32)
     selection = run(PGM(8, 1, "pool", lam=0.0, curve=True), problem, 24)
     assert list(selection.trace["error_by_partitions"]) == [1, 2, 4, 8]
-    gradmatch = run(GradMatch("pool", lam=0.0), problem, 24).trace["error"][-1]
+    gradmatch = run(GradMatch("pool", lam=0.0, exchange=False), problem, 24).trace["error"][-1]
     errors = selection.trace["error_by_partitions"]
     assert errors[1] == pytest.approx(gradmatch, rel=1e-5)
     assert errors[8] > errors[1]
@@ -91,11 +90,28 @@ def test_a_case_solved_by_hand():
     assert both.scores.tolist() == pytest.approx([3.5 / 10**0.5] * 2)
 
 
-def test_what_a_part_cannot_use_goes_to_the_next(make_problem):
-    problem = make_problem(64)
-    selection = run(PGM(4, 4), problem, 36)  # 9 examples a part: two mini-batches and one left over
-    assert [part["picked"] for part in selection.trace["parts"]] == [2, 2, 2, 3]
+def test_whole_mini_batches_are_dealt_to_the_parts(make_problem):
+    selection = run(PGM(4, 4), make_problem(64), 36)  # nine mini-batches for four parts of the same size
+    assert [part["picked"] for part in selection.trace["parts"]] == [3, 2, 2, 2]
     assert selection.notes == ()
+
+
+@pytest.mark.parametrize("budget", [24, "600tok"])
+def test_passes_and_threads_change_nothing(budget, make_problem, monkeypatch):
+    problem = make_problem(90, d=16)
+    whole = run(PGM(6, 2, curve=True, workers=1), problem, budget)
+    many = run(PGM(6, 2, curve=True, workers=5), problem, budget)
+    monkeypatch.setattr(pgm, "SUM_BYTES", 8 * 16 * 15)  # two parts of seven or eight mini-batches a pass
+    passes = []
+    means = pgm._Deal.means
+    monkeypatch.setattr(pgm._Deal, "means", lambda self, *span: passes.append(span) or means(self, *span))
+    parted = run(PGM(6, 2, curve=True, workers=2), problem, budget)
+    assert len(passes) > 6
+    for other in (many, parted):
+        assert torch.equal(whole.rows, other.rows)
+        assert torch.equal(whole.weights, other.weights)
+        assert torch.equal(whole.scores, other.scores)
+        assert whole.trace == other.trace
 
 
 def test_a_budget_that_is_no_multiple_of_a_mini_batch_is_a_stated_shortfall(make_problem):
@@ -135,6 +151,7 @@ def test_a_token_budget_pays_for_whole_mini_batches(make_problem):
     [
         ({"partitions": 0}, "partitions must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"match": "own"}, "match must be one of target, pool, got 'own'"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +13,15 @@ from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.dense import finite_blocks, squared_norms
+from gradsieve.selectors.g2is import largest_remainder
 from gradsieve.selectors.gradmatch import Matched, check_match, wanted_gradient
 from gradsieve.selectors.omp import Match, match_gradient
 from gradsieve.selectors.ranking import id_order
 from gradsieve.selectors.reading import require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
+
+SUM_BYTES = 1 << 29
+"""Size of the sums that one pass over the sketches fills."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,11 @@ class PGM:
     The weight of a mini-batch is spread evenly over its examples, and scaled like GRAD-MATCH's: the weighted mean gradient of
     the selection is about the one wanted. Examples are in the order in which they were picked, part by part in turn.
 
-    Departs from the paper: the part of the budget that a part cannot use goes to the next part.
+    Departs from the paper: λ is a share of the part's own mean squared gradient norm.
 
-    Gradients are those of the first checkpoint, as sketches. Memory is 12nd/b bytes for b examples a mini-batch (0.3 GB for
-    100,000 x 1024, b = 4).
+    Gradients are those of the first checkpoint, as sketches, which stay where they are: a pass over them sums the mini-batches
+    of as many parts as have at most 0.5 GB of sums together, so that memory is 0.75 GB, or 12nd/(bD) bytes for one part of D
+    if that is more, beside some 60 bytes for each example.
 
     Attributes:
         partitions: Number of parts, at least 1; fewer are used, with a note, if the budget is too small to give each a
@@ -41,10 +48,13 @@ class PGM:
         batch: Examples a mini-batch, at least 1; fewer, with a note, if the budget is smaller.
         match: What each part is matched to: "target", the mean gradient of the examples of the ability you want, or "pool",
             the part's own mean gradient, as in the paper.
-        lam: λ ≥ 0 as a share of the mini-batches' mean squared gradient norm. More of it spreads the weight over more of them.
+        lam: λ ≥ 0 as a share of the part's mean squared mini-batch gradient norm. More of it spreads the weight over more of
+            them.
         tolerance: A part ends when what is left to match is at most this share of the gradient's length, in [0, 1).
         curve: Also solve with 1, 2, 4, … parts, so that the trace shows the error over their number; that takes about
-            twice the time of 1 part.
+            twice the time of 1 part, and the memory of 1 part.
+        workers: Parts that are solved at the same time, in threads; 0 for as many as torch has threads. It changes nothing but
+            the time.
     """
 
     partitions: int = 4
@@ -53,6 +63,7 @@ class PGM:
     lam: float = 0.5
     tolerance: float = 1e-4
     curve: bool = False
+    workers: int = 0
 
     title: ClassVar[str] = "PGM"
     picks_by: ClassVar[str] = "how well weighted mini-batches match a gradient, part by part of the pool"
@@ -65,6 +76,8 @@ class PGM:
         for name, value in (("partitions", self.partitions), ("batch", self.batch)):
             if value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, got {value}")
+        if self.workers < 0:
+            raise InvalidArgument(f"workers must be at least 0, got {self.workers}; 0 takes as many as torch has threads")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,7 +94,6 @@ class PGM:
         """
         require(problem, self.needs, "pgm", budget)
         pool = problem.candidates
-        by_id = id_order(pool.ids)
         zero = _zero_rows(pool)
         notes = zero_note(pool, zero, "pgm")
         wanted = wanted_gradient(problem, self.match, "pgm")
@@ -89,64 +101,131 @@ class PGM:
         size = min(self.batch, limit)
         if size < self.batch:
             notes.append(f"mini-batches hold {size} examples, not {self.batch}: the budget is no larger")
+        by_id = id_order(pool.ids)
         shuffled = by_id[~zero[by_id]]
-        shuffled = shuffled[torch.randperm(len(shuffled), generator=rng)]
-        batches = [part.sort().values for part in shuffled.split(size)]
-        M = _means(pool, batches)
-        tokens = pool.columns["tokens"] if budget.tokens is not None else torch.ones(len(by_id), dtype=torch.float64)
-        price = torch.stack([tokens[batch].sum() for batch in batches])
-        purse = float(limit if budget.tokens is None else budget.tokens)
-        parts = max(1, min(self.partitions, int(purse / float(price.mean()))))
+        deal = _Deal(pool, shuffled[torch.randperm(len(shuffled), generator=rng)], size, budget)
+        parts = max(1, min(self.partitions, int(deal.purse / float(deal.price.mean()))))
         if parts < self.partitions:
             notes.append(f"the pool is cut in {parts} parts, not {self.partitions}: the budget pays for no more mini-batches")
         counts = [2**i for i in range(parts.bit_length()) if 2**i < parts] if self.curve else []
-        sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
-        errors = {}
-        for count in [*counts, parts]:
-            union = self._union(M, sizes, price, purse, count, wanted)
-            errors[count] = float((union.weights @ M[union.picks].double() - wanted).norm() / wanted.norm())
-        rows = torch.cat([_by_id(batches[i], pool) for i in union.picks.tolist()] or [torch.zeros(0, dtype=torch.long)])
-        share = union.weights / sizes[union.picks]
-        weights = share.repeat_interleave(sizes[union.picks].long()) * len(rows)
         scores = torch.full((len(by_id),), torch.nan, dtype=torch.float64)
-        scores[torch.cat(batches)] = (M.double() @ (wanted / wanted.norm())).repeat_interleave(sizes.long())
-        notes += _shortfall(union.found, float(tokens[rows].sum()), len(rows), purse, budget, size)
+        unions = {count: self._union(deal, count, wanted, scores) for count in [*counts, parts]}
+        union = unions[parts]
+        rows = torch.cat([_by_id(deal.rows(i), pool) for i in union.picks.tolist()] or [torch.zeros(0, dtype=torch.long)])
+        share = union.weights / deal.sizes[union.picks]
+        weights = share.repeat_interleave(deal.sizes[union.picks].long()) * len(rows)
+        spent = float(deal.price[union.picks].sum())
+        notes += _shortfall(union.found, spent, len(rows), deal.purse, budget, size)
+        errors = {count: float((own.reached - wanted).norm() / wanted.norm()) for count, own in unions.items()}
         trace: dict[str, Any] = {"match": self.match, "parts": union.parts, "error_by_partitions": errors}
         return Selection(rows, weights, scores, trace, tuple(notes))
 
-    def _union(self, M: Tensor, sizes: Tensor, price: Tensor, purse: float, count: int, wanted: Tensor) -> _Union:
-        """Returns what `count` parts pick of the mini-batches with mean gradients M [N, d]."""
-        ridge = self.lam * float(squared_norms(M).mean())
-        found, picks, weights, parts = [], [], [], []
-        left = 0.0
-        for part in torch.arange(len(M)).tensor_split(count):
-            share = float(sizes[part].sum() / sizes.sum())
-            own = (sizes[part] @ M[part].double()) / sizes[part].sum()
-            b = own if self.match == "pool" else wanted
-            if not b.norm() > 0:
-                raise InvalidArgument(f"pgm needs a mean gradient of each part to match, got zero in one of {count}; use fewer")
-            left += share * purse
-            match = match_gradient(
-                M[part], b, len(part), ridge=ridge, tolerance=self.tolerance, price=price[part], purse=left + 1e-6
+    def _union(self, deal: _Deal, count: int, wanted: Tensor, scores: Tensor) -> _Union:
+        """Returns what `count` parts pick, and fills in the scores of all rows.
+
+        The parts come in groups whose gradients are summed in one pass over the sketches; those of a group are solved at once.
+        """
+        parts = torch.arange(len(deal.sizes)).tensor_split(count)
+        purses = deal.shares([float(deal.sizes[part].sum() / deal.sizes.sum()) for part in parts])
+        found: list[Match] = []
+        reached = torch.zeros_like(wanted)
+        facts = []
+        for group in _groups([len(part) for part in parts], SUM_BYTES // (8 * deal.pool.dim)):
+            first, last = int(parts[group[0]][0]), int(parts[group[-1]][-1]) + 1
+            M = deal.means(first, last)
+            scores[deal.rows(first, last)] = (M.double() @ (wanted / wanted.norm())).repeat_interleave(
+                deal.sizes[first:last].long()
             )
-            left -= float(price[part][match.rows].sum())
-            found.append(match)
-            picks.append(part[match.rows])
-            weights.append(share * match.weights)
-            error = match.error[-1] if match.error else 1.0
-            parts.append({"batches": len(part), "picked": len(match.rows), "error": error, "stop": match.stop})
-        turn = torch.cat([torch.arange(len(rows)) for rows in picks]).argsort(stable=True)
-        return _Union(torch.cat(picks)[turn], torch.cat(weights)[turn], found, parts)
+
+            def solve(p: int, M: Tensor = M, first: int = first) -> Match:
+                return self._solve(deal, parts[p], M[parts[p] - first], purses[p], wanted, count)
+
+            with ThreadPoolExecutor(self.workers or torch.get_num_threads()) as threads:
+                solved = list(threads.map(solve, group))
+            for p, match in zip(group, solved, strict=True):
+                part = parts[p]
+                share = float(deal.sizes[part].sum() / deal.sizes.sum())
+                reached += share * match.weights @ M[part - first][match.rows].double()
+                error = match.error[-1] if match.error else 1.0
+                facts.append({"batches": len(part), "picked": len(match.rows), "error": error, "stop": match.stop})
+                found.append(dataclasses.replace(match, rows=part[match.rows], weights=share * match.weights))
+        turn = torch.cat([torch.arange(len(match.rows)) for match in found]).argsort(stable=True)
+        picks, weights = (torch.cat(part)[turn] for part in ([m.rows for m in found], [m.weights for m in found]))
+        return _Union(picks, weights, found, facts, reached)
+
+    def _solve(self, deal: _Deal, part: Tensor, M: Tensor, purse: float, wanted: Tensor, count: int) -> Match:
+        """Returns what one part picks of its mini-batches with mean gradients M [len(part), d]."""
+        sizes = deal.sizes[part]
+        b = (sizes @ M.double()) / sizes.sum() if self.match == "pool" else wanted
+        if not b.norm() > 0:
+            raise InvalidArgument(f"pgm needs a mean gradient of each part to match, got zero in one of {count}; use fewer")
+        ridge = self.lam * float(squared_norms(M).mean())
+        price, tolerance = deal.price[part], self.tolerance
+        return match_gradient(M, b, len(part), ridge=ridge, tolerance=tolerance, price=price, purse=purse + 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
 class _Union:
-    """The mini-batches that all parts picked, in turn, with the weights that make the union match."""
+    """The mini-batches that all parts picked, in turn, with the weights that make the union match; and what it reaches."""
 
     picks: Tensor
     weights: Tensor
     found: Sequence[Match]
     parts: list[dict[str, Any]]
+    reached: Tensor
+
+
+class _Deal:
+    """The shuffled pool in mini-batches of `size` rows, the last one with what is left.
+
+    Attributes:
+        sizes: Rows of each, float64 [N].
+        price: What each costs of the budget, float64 [N].
+        purse: The budget.
+    """
+
+    def __init__(self, pool: Gradients, shuffled: Tensor, size: int, budget: Budget) -> None:
+        self.pool, self._shuffled, self._size = pool, shuffled, size
+        owner = torch.arange(len(shuffled)) // size
+        self.sizes = owner.bincount().double()
+        self._owner = torch.full((len(pool.ids),), -1, dtype=torch.long)
+        self._owner[shuffled] = owner
+        self._of_tokens = budget.tokens is not None
+        cost = pool.columns["tokens"][shuffled] if self._of_tokens else torch.ones(len(shuffled), dtype=torch.float64)
+        self.price = torch.zeros_like(self.sizes).index_add_(0, owner, cost)
+        self.purse = float(budget.tokens if budget.tokens is not None else budget.limit(pool))
+
+    def rows(self, first: int, last: int | None = None) -> Tensor:
+        """Returns the rows of mini-batch `first`, or of those from `first` to before `last`."""
+        return self._shuffled[first * self._size : (first + 1 if last is None else last) * self._size]
+
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """Returns each part's share of the purse: whole mini-batches by largest remainder, or tokens."""
+        if self._of_tokens:
+            return [weight * self.purse for weight in weights]
+        return [float(self._size * count) for count in largest_remainder(int(self.purse) // self._size, torch.tensor(weights))]
+
+    def means(self, first: int, last: int) -> Tensor:
+        """Returns the mean sketches of mini-batches [first, last), summed in float64 in one pass: float32 [last - first, d]."""
+        sums = torch.zeros(last - first, self.pool.dim, dtype=torch.float64)
+        for rows, sketch in finite_blocks(self.pool):
+            owner = self._owner[rows]
+            mine = (owner >= first) & (owner < last)
+            sums.index_add_(0, owner[mine] - first, sketch[mine].double())
+        return sums.div_(self.sizes[first:last, None]).float()
+
+
+def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Returns runs of parts that have at most `most` mini-batches together, or are one part."""
+    groups: list[list[int]] = []
+    held = 0
+    for p, size in enumerate(sizes):
+        if not groups or held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(p)
+        held += size
+    return groups
 
 
 def _zero_rows(pool: Gradients) -> Tensor:
@@ -154,18 +233,6 @@ def _zero_rows(pool: Gradients) -> Tensor:
     for rows, sketch in finite_blocks(pool):
         zero[rows] = (sketch == 0).all(1)
     return zero
-
-
-def _means(pool: Gradients, batches: Sequence[Tensor]) -> Tensor:
-    """Returns the mean sketch of every mini-batch, summed in float64: float32 [N, d]."""
-    owner = torch.full((len(pool.ids),), -1, dtype=torch.long)
-    for i, batch in enumerate(batches):
-        owner[batch] = i
-    sums = torch.zeros(len(batches), pool.dim, dtype=torch.float64)
-    for rows, sketch in finite_blocks(pool):
-        mine = owner[rows] >= 0
-        sums.index_add_(0, owner[rows[mine]], sketch[mine].double())
-    return (sums / torch.tensor([[len(batch)] for batch in batches])).float()
 
 
 def _by_id(rows: Tensor, pool: Gradients) -> Tensor:
