@@ -9,6 +9,7 @@ the domains medicine, law and finance and the general abilities general and math
     general.jsonl, math.jsonl    their test parts
     DOMAIN/test.jsonl        the test part
            target.jsonl      96 rows of the train part, of topics that no pool has
+           small-SEED.jsonl  the first 150 rows of the pool, for smoke.yaml
            pool-SEED.jsonl   1,000 other rows of the train part and 250 faults; `planted` says which row is what
     facts.json               what is in each file, and what was left out
 
@@ -46,6 +47,7 @@ ABILITIES = ("general", "math")
 SOUND, TARGET, ANCHOR = 1000, 96, 150
 FAULTS = {"swapped": 80, "off-domain": 70, "near-duplicate": 50, "false-arithmetic": 25, "mixed-numbers": 25}
 NEAR = 0.8
+SMALL = 150
 LONGEST = 1000
 """Characters of prompt and completion together: about 250 tokens, so that the studies' 256 cut next to nothing."""
 
@@ -93,6 +95,7 @@ def prepare(source: Path, out: Path, seeds: Sequence[int], sizes: Mapping[str, i
             rows = make_pool(pool, others, sound_math, size, random.Random(f"{domain}/{seed}"))
             rows = apart(rows, walls | {"target": target})
             write(out / domain / f"pool-{seed}.jsonl", rows)
+            write(out / domain / f"small-{seed}.jsonl", rows[:SMALL])
             kinds = [row["planted"] for row in rows]
             facts[domain][f"pool-{seed}"] = {kind: kinds.count(kind) for kind in ("clean", *FAULTS)}
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -81,6 +81,7 @@ def test_a_pool_has_the_kinds_asked_for_and_ids_that_tell_nothing(data: Path) ->
     assert all(re.fullmatch("[0-9a-f]{16}", row["id"]) for row in pool)
     assert kinds != sorted(kinds)
     assert pool != read(data / "medicine" / "pool-1.jsonl")
+    assert read(data / "medicine" / "small-0.jsonl") == pool[:150]
 
 
 def test_nothing_stands_on_two_sides(data: Path) -> None:
