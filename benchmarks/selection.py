@@ -5,24 +5,26 @@
     python benchmarks/selection.py --methods g2is gradmatch some of them
     python benchmarks/selection.py --solvers                matching pursuit beside scikit-learn's, the gradient walk beside a
                                                             plain one
+    python benchmarks/selection.py --simulate 10000000      PGM on a pool that is drawn anew in each pass and held nowhere
     python benchmarks/selection.py --json FILE              the same table for machines
 
-Each line runs in a process of its own, on one thread unless `--threads` says otherwise, with sketches held as float16, as in
-a store. `cpu` is CPU time, `wall` includes waiting for other processes; memory is the process's peak, and what of it was there
-before the method began (Python, torch, sketches). Gradients are drawn: 50 topics, a shared direction, noise; the target is
-eight topics.
+Each line runs in a process of its own, on one thread unless `--threads` says otherwise, with sketches in a store on disk
+(written beforehand, below `--folder`, and left there). `cpu` is CPU time, `wall` includes waiting for other processes; memory
+is the process's peak, pages of the store that it has mapped among it, and what of it was there before the method began
+(Python, torch, ids and columns). Gradients are drawn: 50 topics, a shared direction, noise; the target is eight topics.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ TOPICS, OF_TARGET, TARGETS = 50, 8, 200
 
 def main() -> None:
     arguments = _arguments()
+    os.environ["GRADSIEVE_BENCHMARK"] = str(arguments.folder)
     if arguments.one:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(ONE[arguments.one[0]](*arguments.one[1:])))
@@ -60,6 +63,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=1024, help="sketch size d")
     parser.add_argument("--budget", default="1%", help="what to choose (default: 1%%)")
     parser.add_argument("--solvers", action="store_true", help="measure the solvers beside others instead of the methods")
+    parser.add_argument("--simulate", type=int, help="PGM on a drawn pool of so many examples x 64 instead of the methods")
+    parser.add_argument("--folder", default=os.environ.get("GRADSIEVE_BENCHMARK", "/tmp/gradsieve-benchmark"), type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write the table to this file too")
     parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
@@ -69,9 +74,12 @@ def _arguments() -> argparse.Namespace:
 def _methods(arguments: argparse.Namespace) -> list[tuple[object, ...]]:
     from gradsieve.selectors import SELECTORS
 
-    return [
-        ("method", name, n, arguments.dim, arguments.budget) for name in arguments.methods or SELECTORS for n in arguments.rows
-    ]
+    if arguments.simulate:
+        return [("simulation", arguments.simulate, 64, parts) for parts in (64, 16)]
+    names = arguments.methods or [name for name in SELECTORS if name not in ("embedding", "ogs")]
+    for n in arguments.rows:
+        _measure(["writing", str(n), str(arguments.dim)], arguments.threads)
+    return [("method", name, n, arguments.dim, arguments.budget) for name in names for n in arguments.rows]
 
 
 def _measure(job: list[str], threads: int) -> dict[str, Any]:
@@ -134,13 +142,100 @@ def _part(name: str, G: Tensor, means: dict[str, Tensor], rng: torch.Generator) 
         columns[f"min/{group}"], columns[f"mean/{group}"] = -columns[f"max/{group}"], torch.zeros(n)
     completion = torch.randint(10, 300, (n,), generator=rng)
     columns |= {"completion_tokens": completion, "tokens": completion + 40, "loss": torch.rand(n, generator=rng) * 3}
+    columns |= {"loss/alone": columns["loss"] + torch.rand(n, generator=rng), "bm25/target": torch.rand(n, generator=rng)}
     return ArrayGradients([f"{name}-{i:07d}" for i in torch.randperm(n, generator=rng).tolist()], G, columns)
+
+
+def writing(n: str, d: str) -> dict[str, Any]:
+    """Writes the problem to stores, a shard for 8192 rows."""
+    from gradsieve.store import GradientStore, Manifest
+
+    def run() -> tuple[int, str]:
+        folder = _folder(int(n), int(d))
+        if (folder / "done.json").exists():
+            return 0, "there already"
+        problem = problem_of(int(n), int(d))
+        parts = {"pool": problem.candidates, "target": problem.targets, "anchor": problem.anchors}
+        for role, part in parts.items():
+            assert part is not None
+            store = GradientStore(folder / role, Manifest({"benchmark": [role, n, d]}))
+            rows = torch.arange(len(part.ids))
+            for unit in store.plan(_keys(len(rows)), lambda new: [part.tolist() for part in torch.tensor(new).split(8192)]):
+                own = rows[unit.first_row : unit.first_row + len(unit.keys)]
+                hidden = {"hidden": part.rows(own)[:, :576]}
+                columns = {name: column[own] for name, column in part.columns.items()}
+                store.commit(unit, {"base": part.rows(own), **hidden}, columns)
+        facts = {name: [r.norm, r.count, r.signal_share] for name, r in problem.references.items()}
+        ids = {role: list(part.ids) for role, part in parts.items() if part is not None}
+        (folder / "done.json").write_text(json.dumps({"references": facts, "ids": ids}))
+        return int(n), "written"
+
+    return timed("writing", int(n), int(d), run)
+
+
+def stored(n: int, d: int) -> Problem:
+    """Returns the problem that `writing` wrote, its sketches on disk."""
+    from gradsieve.store import GradientStore
+
+    folder = _folder(n, d)
+    done = json.loads((folder / "done.json").read_text())
+    views = [GradientStore.open(folder / role).view(ids, _keys(len(ids))) for role, ids in done["ids"].items()]
+    return Problem(*views, references={name: Reference(*facts) for name, facts in done["references"].items()})
+
+
+def _folder(n: int, d: int) -> Path:
+    folder = Path(os.environ["GRADSIEVE_BENCHMARK"]) / f"{n}x{d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _keys(n: int) -> list[bytes]:
+    return [i.to_bytes(16, "big") for i in range(n)]
+
+
+class Drawn:
+    """Gradients that are drawn anew whenever they are read: topics, a shared direction, noise."""
+
+    checkpoints, representations = ("base",), ()
+
+    def __init__(self, n: int, d: int, seed: int) -> None:
+        self.ids = [f"{(i * 7919) % n:08d}" for i in range(n)]
+        self.dim, self.columns, self._seed = d, {}, seed
+        rng = torch.Generator().manual_seed(0)
+        self._topics, self._shared = torch.randn(TOPICS, d, generator=rng), torch.randn(d, generator=rng)
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, len(self.ids), 65_536):
+            rows = torch.arange(first, min(first + 65_536, len(self.ids)))
+            rng = torch.Generator().manual_seed(self._seed * 1_000_003 + first)
+            yield rows, gradients(len(rows), self.dim, self._topics, self._shared, TOPICS, rng).float()
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        found = torch.empty(len(index), self.dim)
+        for rows, block in self.blocks():
+            mine = (index >= rows[0]) & (index <= rows[-1])
+            found[mine] = block[index[mine] - rows[0]]
+        return found
+
+
+def simulation(n: str, d: str, parts: str) -> dict[str, Any]:
+    """PGM at a size that no memory holds: every pass draws the pool anew."""
+    from gradsieve.selectors.pgm import PGM
+
+    problem = Problem(Drawn(int(n), int(d), 1), Drawn(TARGETS, int(d), 2))
+
+    def run() -> tuple[int, str]:
+        method = PGM(partitions=int(parts), batch=8)
+        selection = method.select(problem, Budget.parse("0.1%"), torch.Generator().manual_seed(0))
+        return len(selection.rows), f"error {selection.trace['error_by_partitions'][int(parts)]:.4f}"
+
+    return timed(f"PGM, {parts} parts, drawn", int(n), int(d), run)
 
 
 def method(name: str, n: str, d: str, budget: str) -> dict[str, Any]:
     from gradsieve.selectors import SELECTORS
 
-    problem, selector = problem_of(int(n), int(d)), SELECTORS[name]()
+    problem, selector = stored(int(n), int(d)), SELECTORS[name]()
 
     def run() -> tuple[int, str]:
         selection = selector.select(problem, Budget.parse(budget), torch.Generator().manual_seed(0))
@@ -257,7 +352,13 @@ def plain_walk(U: Any, K: Any, products: Any, budgets: list[int], neighbours: An
     return picks
 
 
-ONE: dict[str, Callable[..., dict[str, Any]]] = {"method": method, "pursuit": pursuit, "walk": gradient_walk}
+ONE: dict[str, Callable[..., dict[str, Any]]] = {
+    "method": method,
+    "writing": writing,
+    "simulation": simulation,
+    "pursuit": pursuit,
+    "walk": gradient_walk,
+}
 SOLVERS: list[tuple[object, ...]] = [
     ("pursuit", "ours", 100_000, 1024, 1000),
     ("pursuit", "ours", 100_000, 1024, 300),

@@ -16,7 +16,7 @@ import gradsieve as gs
 from gradsieve.errors import GradsieveError, InvalidArgument, ModelError, StoreMismatch
 from gradsieve.pipeline import extract
 
-METHODS = list(gs.SELECTORS)
+METHODS = [method for method in gs.SELECTORS if method != "embedding"]  # which needs an encoder
 LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: test_warmup.py
 AS_IT_IS = {"less": {"warmup_share": 0.0}, "g2is": {"warmup_share": 0.0}, "grads": {"probe_epochs": 0}}
 Write = Callable[..., Path]
@@ -54,6 +54,12 @@ def test_every_method_runs_from_files_to_a_folder(method: str, data: dict[str, s
     record = json.loads((out / "run.json").read_text())
     assert record["method"]["name"] == method
     assert record["selection"]["examples"] == len(lines)
+    tokens = torch.tensor(scores["tokens"])
+    chosen = tokens[torch.tensor(scores["selected"])]
+    assert record["selection"]["tokens_per_example"] == pytest.approx(
+        {"pool": float(tokens.mean()), "chosen": float(chosen.mean())}
+    )
+    assert f"{chosen.mean():,.0f} an example, {tokens.mean():,.0f} in the pool" in (out / "report.html").read_text()
 
 
 def test_replay_gives_the_same_selection_and_notices_other_data(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
@@ -304,8 +310,98 @@ def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp
     )
     shards = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
     for method in METHODS:
-        gs.select(method, settings=AS_IT_IS.get(method), model=str(tiny_model), **data, budget="5", store=store, **SMALL)
+        if method != "ifd":  # it takes the answers alone besides
+            gs.select(method, settings=AS_IT_IS.get(method), model=str(tiny_model), **data, budget="5", store=store, **SMALL)
     assert {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")} == shards
+
+
+def test_a_forward_pass_does_where_no_gradient_is_read_and_beside_gradients_gives_the_same(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    common = {"model": str(tiny_model), "pool": data["pool"], "target": data["target"], "budget": "6", **SMALL}
+    alone = gs.select("rds", store=str(tmp_path / "alone"), **common)
+    assert [cost.stage for cost in alone.clock.costs if "forward" in cost.stage or "gradients" in cost.stage] == [
+        "forward pass of the pool",
+        "forward pass of the target",
+    ]
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {"forward"}
+    assert (alone.pool.dim, alone.pool.checkpoints, alone.pool.representations) == (0, (), ("hidden",))
+    extract(
+        gs.Job(model=str(tiny_model), store=str(tmp_path / "both"), pool=(data["pool"],), target=(data["target"],), **SMALL)
+    )
+    beside = gs.select("rds", store=str(tmp_path / "both"), **common)
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"pool", "target"}
+    assert beside.pool.dim == 256
+    assert torch.equal(alone.selection.rows, beside.selection.rows)
+    assert torch.allclose(alone.selection.scores, beside.selection.scores, atol=1e-3)
+    one_by_one = gs.select("rds", store=str(tmp_path / "other"), **(common | {"batch_tokens": 1}))  # no padding
+    assert torch.allclose(alone.selection.scores, one_by_one.selection.scores, atol=1e-3)
+
+
+def test_a_forward_pass_and_gradients_share_a_store_folder_in_either_order(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    common = {"model": str(tiny_model), "pool": data["pool"], "target": data["target"], "budget": "6", **SMALL}
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    for store, methods in ((first, ("perplexity", "rds", "gradmatch")), (second, ("gradmatch", "rds", "perplexity"))):
+        chosen = {method: gs.select(method, store=store, **common).selection.rows.tolist() for method in methods}
+        assert chosen == {m: gs.select(m, store=str(tmp_path / m), **common).selection.rows.tolist() for m in methods}
+
+
+def test_ifd_reads_the_loss_of_the_same_tokens_with_and_without_the_prompt(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = gs.select("ifd", model=str(tiny_model), pool=data["pool"], budget="6", settings={"ceiling": 9}, **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    pool = result.sets["pool"]
+    for row in (0, 7):
+        tokens = pool.tokens[row]
+        said = [t for t in range(1, len(tokens.labels)) if tokens.labels[t] >= 0]
+        ids = torch.tensor([int(tokens.input_ids[0]), *(int(tokens.input_ids[t]) for t in said)])
+        with torch.no_grad():
+            expected = torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:])
+        assert float(result.pool.columns["loss/alone"][row]) == pytest.approx(float(expected), rel=1e-4)
+    assert torch.allclose(result.selection.scores, result.pool.columns["loss"] / result.pool.columns["loss/alone"])
+    stages = [cost.stage for cost in result.clock.costs]
+    assert "forward pass of the answers alone" in stages
+    assert not any("gradients" in stage for stage in stages)
+
+
+def test_duplicates_are_left_out_before_the_method_and_shown(
+    write_data: Write, tiny_model: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    pool = write_data("pool", 12)
+    rows = [json.loads(line) for line in pool.read_text().splitlines()]
+    copy, near = {**rows[3], "id": "zz-copy"}, {**rows[5], "id": "zz-near"}
+    near |= {key: near[key].upper() + "!" for key in ("prompt", "completion")}
+    pool.write_text("".join(json.dumps(row) + "\n" for row in [copy, near, *rows]))
+    common = {"model": str(tiny_model), "pool": str(pool), "budget": "100%", **SMALL}
+    out = tmp_path / "out"
+    result = gs.select("length", out=out, dedup="near", dedup_threshold=0.99, **common)
+    excluded = [json.loads(line) for line in (out / "excluded.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["row"], row["reason"]) for row in excluded] == [
+        ("zz-copy", 0, f"copy of {rows[3]['id']}"),
+        ("zz-near", 1, f"near-duplicate of {rows[5]['id']}"),
+    ]
+    assert len(result.examples) == 12
+    assert any("2 of 14 usable examples of the pool repeat one of 2 others" in note for note in result.notes)
+    page = (out / "report.html").read_text()
+    assert "left out, because they repeat it" in page
+    assert "near-duplicate of another example" in page
+    assert len(gs.select("length", dedup="exact", **common).examples) == 13
+    assert len(gs.select("length", **common).examples) == 14
+    with pytest.raises(InvalidArgument, match="dedup must be one of off, exact, near"):
+        gs.select("length", dedup="fuzzy", **common)
+
+
+def test_bm25_reads_words_alone(data: dict[str, str], tiny_model: Path) -> None:
+    result = gs.select("bm25", model=str(tiny_model), pool=data["pool"], target=data["target"], budget="6", **SMALL)
+    assert not any("pass" in cost.stage or "gradients" in cost.stage for cost in result.clock.costs)
+    assert result.pool.columns["bm25/target"].max() > 0
+    with pytest.raises(InvalidArgument, match=r"bm25 needs --target"):
+        gs.select("bm25", model=str(tiny_model), pool=data["pool"], budget="6", **SMALL)
 
 
 def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     from gradsieve.pipeline import Job as Job
     from gradsieve.pipeline import Result as Result
     from gradsieve.pipeline import select as select
+    from gradsieve.selectors import BM25 as BM25
     from gradsieve.selectors import G2IS as G2IS
+    from gradsieve.selectors import IFD as IFD
     from gradsieve.selectors import LESS as LESS
     from gradsieve.selectors import OGS as OGS
     from gradsieve.selectors import PGM as PGM
+    from gradsieve.selectors import RDS as RDS
     from gradsieve.selectors import SELECTORS as SELECTORS
     from gradsieve.selectors import Curiosity as Curiosity
+    from gradsieve.selectors import Embedding as Embedding
     from gradsieve.selectors import GradMatch as GradMatch
     from gradsieve.selectors import GrADS as GrADS
     from gradsieve.selectors import Length as Length
@@ -57,8 +61,8 @@ _HOME = {
     ),
     "gradsieve.pipeline": ("Job", "Result", "select"),
     "gradsieve.selectors": (
-        "G2IS", "LESS", "OGS", "PGM", "SELECTORS", "Curiosity", "GrADS", "GradMatch", "Length", "OGSStatic", "OrthOnly",
-        "Perplexity", "Random",
+        "BM25", "Embedding", "IFD", "G2IS", "LESS", "OGS", "PGM", "RDS", "SELECTORS", "Curiosity", "GrADS", "GradMatch",
+        "Length", "OGSStatic", "OrthOnly", "Perplexity", "Random",
     ),
     "gradsieve.types": (
         "ArrayGradients", "Budget", "Example", "Gradients", "Problem", "Reference", "Selection", "Selector",

@@ -152,11 +152,13 @@ def _methods(arguments: list[str]) -> int:
         return _fail(f"methods must stand alone, got {' '.join(arguments)}")
     from rich.table import Table
 
+    from gradsieve.pipeline import asks_for
     from gradsieve.selectors import SELECTORS
 
-    table = Table("method", "reads", "picks by", "cost", "source", box=None, header_style="bold", pad_edge=False)
+    table = Table("method", "needs", "reads", "picks by", "cost", "source", box=None, header_style="bold", pad_edge=False)
     for name, kind in SELECTORS.items():
-        table.add_row(name, *(str(getattr(kind, column, "")) for column in ("reads", "picks_by", "cost", "source")))
+        facts = (str(getattr(kind, column, "")) for column in ("reads", "picks_by", "cost", "source"))
+        table.add_row(name, asks_for(kind()), *facts)
     _console().print(table, highlight=False)
     return 0
 
@@ -473,6 +475,10 @@ def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
     n = len(result.pool.ids)
     left_out = f", {len(result.excluded)} could not be used" if result.excluded else ""
     console.print(f"{result.method[0]} chose {len(selection.rows)} of {n} examples{left_out}.", markup=False, highlight=False)
+    tokens = result.pool.columns["tokens"]
+    if len(selection.rows):
+        mean = float(tokens[selection.rows].mean())
+        console.print(f"Tokens an example: {tokens.mean():.0f} in the pool, {mean:.0f} among the chosen.", highlight=False)
     console.print(f"Train on {out / 'selected.jsonl'}; look at {out / 'report.html'}", markup=False, highlight=False)
 
 

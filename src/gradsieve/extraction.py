@@ -23,6 +23,7 @@ from gradsieve.errors import InvalidArgument, StoreError
 from gradsieve.gradients.directions import MeanGradient, References, UnitDirection
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.fitting import Fitting, Say, restarted
+from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.gradients.parameters import chosen_size
 from gradsieve.gradients.settings import Batch, Block, EngineSettings, plain
 from gradsieve.gradients.wide import DIM, mean_sketch, wide_settings
@@ -109,6 +110,22 @@ class TokenSet:
             [self.keys[i] for i in positions],
             [],
         )
+
+    def without(self, reasons: Mapping[int, str]) -> TokenSet:
+        """Returns the set with some usable examples (positions into `kept`) excluded for a reason."""
+        rest = [i for i in range(len(self.kept)) if i not in reasons]
+        gone = [Excluded(self.kept[i], self.examples[self.kept[i]].id, reason) for i, reason in reasons.items()]
+        excluded = sorted([*self.excluded, *gone], key=lambda e: e.position)
+        return replace(self.restricted(self.name, rest), excluded=excluded, notes=self.notes)
+
+    def alone(self) -> TokenSet:
+        """Returns the usable examples without their prompts: the first token of each, then its completion with loss on it."""
+        short = []
+        for tokens in self.tokens:
+            said = 1 + np.flatnonzero(tokens.labels[1:] != IGNORE)
+            ids = tokens.input_ids[np.concatenate([[0], said])]
+            short.append(Tokens(ids, np.concatenate([[IGNORE], ids[1:]]).astype(ids.dtype), tokens.truncated))
+        return TokenSet(f"{self.name}'s answers alone", self.examples, self.kept, short, [_key(t) for t in short], [])
 
     def digest(self) -> str:
         """Returns a hash of the set, whatever its order."""
@@ -221,18 +238,24 @@ def form_note(model: ModelSource, compute: ComputeSettings, count: int) -> str:
 def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source], form: Form = "exact") -> Manifest:
     """Returns what a store's rows depend on beside the examples."""
     engine = compute.engine
+    shared = {
+        "model": model.weights,
+        "tokenizer": tokenizer_hash(model.tokenizer),
+        "engine": ENGINE_VERSION,
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "max_length": compute.max_length,
+    }
+    shared |= {"hidden": True} if engine.hidden else {}
+    if not engine.gradients:
+        return Manifest({**shared, "gradients": False, "references": {}})
     return Manifest(
-        {
-            "model": model.weights,
-            "tokenizer": tokenizer_hash(model.tokenizer),
-            "engine": ENGINE_VERSION,
+        shared
+        | {
             "params": engine.params,
             "reduction": engine.reduction,
             "direction": "adam, LESS form" if engine.less_form else engine.direction,
             "sketch": {"dim": engine.sketch.dim, "seed": engine.sketch.seed},
             "columns": {"norms": engine.norms, "signals": engine.signals, "layers": engine.layers},
-            "dtype": str(compute.dtype).removeprefix("torch."),
-            "max_length": compute.max_length,
             "reference_products": compute.form if references else "none",
             "references": {name: _reference_digest(source) for name, source in sorted(references.items())},
         }
@@ -248,15 +271,29 @@ def _reference_digest(source: Source) -> str:
 
 
 def reusable(directory: Path, wanted: Manifest) -> Manifest:
-    """Returns the manifest to open a store with: its own where it only has *more* references than wanted."""
+    """Returns the manifest to open a store with: its own where it only has *more* than wanted.
+
+    More are further references, hidden states that nobody asked for, or gradients where a forward pass would do.
+    """
     try:
         there = Manifest.read(directory)
     except StoreError:
         return wanted
     kept = {name: there.settings["references"].get(name) for name in wanted.settings["references"]}
-    products = there.settings.get("reference_products") if kept else "none"
-    same = Manifest({**there.settings, "references": kept, "reference_products": products}).fingerprint == wanted.fingerprint
-    return there if same else wanted
+    settings = {**there.settings, "references": kept}
+    if "gradients" not in settings:
+        settings["reference_products"] = there.settings.get("reference_products") if kept else "none"
+    if not wanted.settings.get("hidden"):
+        settings.pop("hidden", None)
+    if "gradients" in wanted.settings and "gradients" not in settings:
+        settings = {name: settings.get(name) for name in wanted.settings} | {"gradients": False}
+    return there if Manifest(settings).fingerprint == wanted.fingerprint else wanted
+
+
+def for_store(compute: ComputeSettings, store: GradientStore) -> ComputeSettings:
+    """Returns the settings with all that this store's rows hold, which may be more than is wanted of them."""
+    settings = store.manifest.settings
+    return replace(compute, engine=replace(compute.engine, hidden="hidden" in settings, gradients="gradients" not in settings))
 
 
 def token_batches(tokens: Sequence[Tokens], batch_tokens: int, device: str) -> Iterator[tuple[Batch, int]]:
@@ -264,7 +301,7 @@ def token_batches(tokens: Sequence[Tokens], batch_tokens: int, device: str) -> I
     lengths = [len(t.input_ids) for t in tokens]
     for run in batches(lengths, batch_tokens):
         ids, labels = pad([t.input_ids for t in tokens[run]], 0), pad([t.labels for t in tokens[run]], IGNORE)
-        yield Batch(ids.to(device), labels.to(device)), sum(lengths[run])
+        yield Batch(ids.to(device), labels.to(device), lengths=torch.tensor(lengths[run], device=device)), sum(lengths[run])
 
 
 def measure_references(
@@ -372,7 +409,7 @@ def fill(
     store: GradientStore,
     examples: TokenSet,
     pending: Sequence[Unit],
-    engine: GradientEngine,
+    engine: GradientEngine | ForwardEngine,
     compute: ComputeSettings,
     progress: Progress = silent,
     say: Say = log.warning,
@@ -393,7 +430,7 @@ def fill(
             )
     cost = {key: len(t.input_ids) for key, t in tokens.items()}
     total, done, written = sum(cost[key] for unit in pending for key in unit.keys), 0, 0
-    stage = f"gradients of the {examples.name}"
+    stage = f"{'gradients' if compute.engine.gradients else 'forward pass'} of the {examples.name}"
     trim, fitting = Trimmer(), Fitting(engine.block, say)
     for unit in pending:
         blocks: list[Block] = []
@@ -403,9 +440,16 @@ def fill(
             progress(stage, done, total)
             trim()
         columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in blocks[0].columns}
-        store.commit(unit, {"base": torch.cat([block.sketch for block in blocks])}, columns)
+        store.commit(unit, _matrices(blocks), columns)
         written += store.shard(unit.number).stat().st_size
     return written
+
+
+def _matrices(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+    """Returns what was taken: sketches under the checkpoint's name, hidden states under theirs."""
+    found = {"base": torch.cat([block.sketch for block in blocks])} if blocks[0].sketch.shape[1] else {}
+    hidden = [block.hidden for block in blocks if block.hidden is not None]
+    return found | ({"hidden": torch.cat(hidden)} if hidden else {})
 
 
 def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> list[Unit]:

@@ -257,6 +257,10 @@ def _record(result: Result) -> dict[str, Any]:
         "selection": {
             "examples": len(chosen),
             "tokens": int(result.pool.columns["tokens"][result.selection.rows].sum()),
+            "tokens_per_example": {
+                "pool": float(result.pool.columns["tokens"].mean()),
+                "chosen": float(result.pool.columns["tokens"][result.selection.rows].mean()) if chosen else None,
+            },
             "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
         },
         "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,

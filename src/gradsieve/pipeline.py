@@ -20,6 +20,8 @@ from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress, silent
 from gradsieve.data import Excluded, Format, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, How, corrupt
+from gradsieve.data.dedup import Dedup, check_dedup, find_duplicates
+from gradsieve.data.texts import bm25_scores, embeddings
 from gradsieve.demo import cache_dir
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
@@ -31,6 +33,7 @@ from gradsieve.extraction import (
     UnitMean,
     contrast,
     fill,
+    for_store,
     form_note,
     manifest,
     measure_references,
@@ -42,6 +45,7 @@ from gradsieve.extraction import (
     write_facts,
 )
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.gradients.settings import EngineSettings, plain
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import DType, ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
@@ -89,6 +93,9 @@ class Job:
         reference_memory: MiB that full gradients of the references may take; above it, products with them are estimated
             from wide sketches.
         unit_tokens: Tokens in one shard of the store: what a kill can cost at most.
+        dedup: Leave out, before anything else, examples of the pool that repeat another one: off; exact (the same text); near
+            (nearly the same words). The one with the smallest id stays.
+        dedup_threshold: How like near-duplicates are at least: share of runs of 4 letters that they have in common, in (0, 1].
         seed: Seed of everything random.
         store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
             without one, a folder of the cache (`$GRADSIEVE_CACHE`, `~/.cache/gradsieve`).
@@ -120,6 +127,8 @@ class Job:
     checkpointing: bool = False
     reference_memory: int = REFERENCE_MEMORY
     unit_tokens: int = 8192
+    dedup: Dedup = "off"
+    dedup_threshold: float = 0.7
     seed: int = 0
     store: str | None = None
     warmup_recipe: str | None = None
@@ -301,7 +310,7 @@ class Extraction:
 def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction:
     """Takes the gradients of a pool into `job.store`, with sketches of target and anchor and products with their references.
 
-    Every method then finds what it needs there. `job.budget` is not read.
+    Every method then finds what it needs there, but for `ifd`, which takes the answers alone besides. `job.budget` is not read.
 
     Args:
         job: What to extract from, with which model, into which store.
@@ -313,7 +322,7 @@ def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction
     """
     if job.store is None:
         raise InvalidArgument("--store must name a folder for the gradients, got none")
-    needs = {"sketch", "norm"}
+    needs = {"sketch", "norm", "hidden"}
     if job.target:
         needs |= {"targets", "dot/target", "dot/contrast/*"}
     if job.anchor:
@@ -355,6 +364,7 @@ class Run:
     replayed: frozenset[str] = frozenset()
     gradient_tokens: int = 0
     trained_weights: int = 0
+    alone: torch.Tensor | None = None
 
     @classmethod
     def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
@@ -364,6 +374,7 @@ class Run:
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
         job, budget = self.job, Budget.parse(self.job.budget)
+        check_dedup(job.dedup, job.dedup_threshold)
         with self.clock.stage("reading"):
             examples = self._read(data)
             self.corrupted = self._read_corrupted(examples)
@@ -382,13 +393,24 @@ class Run:
                 tokens.require_usable()
                 self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
                 self.sets[role] = self.thin(tokens) if self.thin else tokens
+        if job.dedup != "off":
+            self._drop_duplicates()
         if "navigator" in self.needs:
             self.sets["anchor"], self.held_out = split_anchor(self.sets["anchor"])
             self.notes.append(
                 f"the anchor was split: {len(self.sets['anchor'].kept)} examples give the references, and forgetting is "
                 f"measured on the other {len(self.held_out.kept)}"
             )
-        engine = EngineSettings(params=job.params, sketch=SketchPlan(job.dim, job.seed), reduction=job.reduction)
+        gradients = any(_reads_gradients(need) for need in self.needs)
+        if any(need.startswith("embedding:") for need in self.needs) and any(_reads_model(need) for need in self.needs):
+            raise InvalidArgument(f"{self.name} must read embeddings alone, got needs of the model beside them; read `hidden`")
+        engine = EngineSettings(
+            params=job.params,
+            sketch=SketchPlan(job.dim, job.seed),
+            reduction=job.reduction,
+            hidden=not gradients or "hidden" in self.needs,
+            gradients=gradients,
+        )
         self.compute = compute = ComputeSettings(
             engine,
             dtype,
@@ -400,8 +422,8 @@ class Run:
             job.reference_memory,
         )
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
-        if all(need in ("tokens", "completion_tokens") or need.startswith("meta/") for need in self.needs):
-            return Problem(_without_gradients(self.sets["pool"], self._metadata(self.sets["pool"])))
+        if not any(_reads_model(need) for need in self.needs):
+            return self._without_model(device)
         return self._gradients(source, compute, template)
 
     def overhead(self, candidates: Gradients, selection: Selection) -> Overhead | None:
@@ -419,6 +441,19 @@ class Run:
             ratio = weight_count(self.job.navigator) / self.trained_weights
         return overhead(
             self.gradient_tokens, trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
+        )
+
+    def _drop_duplicates(self) -> None:
+        """Leaves out the usable examples of the pool that repeat another usable one, each with the reason."""
+        pool, job = self.sets["pool"], self.job
+        with self.clock.stage("duplicates"):
+            usable = [pool.examples[position] for position in pool.kept]
+            found = find_duplicates(usable, job.dedup, job.dedup_threshold)
+        self.sets["pool"] = pool.without({duplicate.position: duplicate.reason(usable) for duplicate in found})
+        kept = len({duplicate.of for duplicate in found})
+        self.notes.append(
+            f"{len(found)} of {len(usable)} usable examples of the pool repeat one of {kept} others and were left out "
+            f"({job.dedup}{f', {job.dedup_threshold:g}' if job.dedup == 'near' else ''}); of each group the smallest id stays"
         )
 
     def check(self, candidates: Gradients, count: int) -> list[Compared]:
@@ -496,18 +531,44 @@ class Run:
             self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
         return dataset.examples
 
-    def _metadata(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
-        """The numbers that come with the examples, for needs of the form `meta/FIELD`."""
-        columns = {}
-        for need in sorted(need for need in self.needs if need.startswith("meta/")):
-            values = []
-            for example in (tokens.examples[i] for i in tokens.kept):
-                value = row_fields(example).get(need.removeprefix("meta/"))
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise DataError(f"{example.origin}: field {need[5:]!r} must be a number for {self.name}, got {value!r}")
-                values.append(float(value))
-            columns[need] = torch.tensor(values, dtype=torch.float64)
+    def _columns(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
+        """The pool's columns that do not come with its gradients: numbers it has, matches of words, answers alone."""
+        columns = {need: self._numbers(tokens, need) for need in sorted(self.needs) if need.startswith("meta/")}
+        if "bm25/target" in self.needs:
+            target = self.sets["target"]
+            with self.clock.stage("words"):
+                wanted = [target.examples[i] for i in target.kept]
+                columns["bm25/target"] = bm25_scores([tokens.examples[i] for i in tokens.kept], wanted)
+        if self.alone is not None:
+            columns["loss/alone"] = self.alone
         return columns
+
+    def _numbers(self, tokens: TokenSet, need: str) -> torch.Tensor:
+        """A number that comes with the examples, `meta/FIELD`."""
+        values = []
+        for example in (tokens.examples[i] for i in tokens.kept):
+            value = row_fields(example).get(need.removeprefix("meta/"))
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise DataError(f"{example.origin}: field {need[5:]!r} must be a number for {self.name}, got {value!r}")
+            values.append(float(value))
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _without_model(self, device: str) -> Problem:
+        """What a method may look at that needs no pass of the model."""
+        encoders = {need for need in self.needs if need.startswith("embedding:")}
+        views = {}
+        for role in ("pool", "target"):
+            mark = "" if role == "pool" else f"/{role}s"
+            own = {need.removesuffix(mark) for need in encoders if need.endswith("/targets") == bool(mark)}
+            if role == "pool" or own:
+                tokens = self.sets[role]
+                extra = {name: self._embedded(tokens, name.removeprefix("embedding:"), device) for name in sorted(own)}
+                views[role] = _without_gradients(tokens, self._columns(tokens) if role == "pool" else {}, extra)
+        return Problem(views["pool"], views.get("target"))
+
+    def _embedded(self, tokens: TokenSet, encoder: str, device: str) -> torch.Tensor:
+        with self.clock.stage(f"embeddings of the {tokens.name}"):
+            return embeddings([tokens.examples[i] for i in tokens.kept], encoder, device)
 
     def _read_corrupted(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Example]:
         if not self.job.corrupted:
@@ -566,6 +627,8 @@ class Run:
             stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
         if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
             self.notes.append(form_note(wide.source, wide.compute, len(references)))
+        if "loss/alone" in self.needs:
+            self.alone = self._answers_alone(source, compute, root)
         filled = {stop.name: self._filled(stop, references, alone=len(stops) == 1) for stop in stops}
         views = {
             role: self._view({name: stores[role] for name, (stores, _) in filled.items()}, self.sets[role], references)
@@ -576,12 +639,23 @@ class Run:
         groups = self._target_groups()
         behind = {part.digest(): sum(part.lengths) for source_set in references.values() for part in token_sets(source_set)}
         each = sum(sum(self.sets[role].lengths) for role in self._roles()) + sum(behind.values())
-        self.gradient_tokens = len(stops) * each
+        self.gradient_tokens = len(stops) * each if compute.engine.gradients else 0
         if "navigator" in self.needs:
             self.navigator = self._make_navigator(source.load(compute.dtype, compute.device), views["pool"])
         return Problem(
             views["pool"], views.get("target"), views.get("anchor"), shown, self.navigator, rates=rates, groups=groups
         )
+
+    def _answers_alone(self, source: ModelSource, compute: ComputeSettings, root: Path) -> torch.Tensor:
+        """The loss of every answer without its question, float64 [n], from a forward pass with a folder of its own."""
+        tokens = self.sets["pool"].alone()
+        own = dataclasses.replace(compute, engine=dataclasses.replace(compute.engine, gradients=False, hidden=False))
+        store = GradientStore(root / "alone" / "pool", manifest(source, own, {}))
+        if units := store.pending(plan(store, tokens, own)):
+            stage = self.clock.stage("forward pass of the answers alone")
+            with stage as written, source.opened(own.dtype, own.device) as model, ForwardEngine(model, own.engine) as engine:
+                written.append(fill(store, tokens, units, engine, own, self.progress))
+        return store.view(tokens.ids, tokens.keys).columns["loss"]
 
     def _target_groups(self) -> list[str]:
         """The abilities that the target's examples name, where there are at least two; those that name none are one more."""
@@ -591,7 +665,7 @@ class Run:
 
     def _roles(self) -> list[str]:
         """The sets whose gradients are taken."""
-        return ["pool", *(role for role in ("target", "anchor") if f"{role}s" in self.needs)]
+        return ["pool", *(role for role in ("target", "anchor") if {f"{role}s", f"hidden/{role}s"} & self.needs)]
 
     def _filled(
         self, stop: Stop, references: Mapping[str, Source], *, alone: bool
@@ -600,8 +674,7 @@ class Run:
         stores: dict[str, GradientStore] = {}
         pending = {}
         for role in self._roles():
-            folder = stop.root / role
-            stores[role] = GradientStore(folder, reusable(folder, stop.manifest(role, references)))
+            stores[role] = self._open(stop, role, references)
             pending[role] = stores[role].pending(plan(stores[role], self.sets[role], stop.compute))
         facts = read_facts(stores["pool"])
         if any(pending.values()):
@@ -626,6 +699,15 @@ class Run:
         )
         candidates = [tokens[id] for id in pool.ids]
         return make_navigator(model, candidates, self.sets["target"], self.held_out, self.source.tokenizer, settings)
+
+    def _open(self, stop: Stop, role: str, references: Mapping[str, Source]) -> GradientStore:
+        """Opens a role's store. A forward pass has a folder of its own, unless gradients with all it gives are there."""
+        folder, wanted = stop.root / role, stop.manifest(role, references)
+        there = reusable(folder, wanted)
+        if stop.compute.engine.gradients or there is not wanted:
+            return GradientStore(folder, there)
+        folder = stop.root / "forward" / role
+        return GradientStore(folder, reusable(folder, wanted))
 
     def _try_batch_sizes(
         self,
@@ -674,12 +756,14 @@ class Run:
                     write_facts(stores["pool"], stacked.facts)
             for role, units in pending.items():
                 if units:
+                    own = dataclasses.replace(for_store(stop.settings(role), stores[role]), batch_tokens=compute.batch_tokens)
+                    what = "gradients" if own.engine.gradients else "forward pass"
                     with (
-                        self.clock.stage(f"gradients of the {role}{where}") as written,
-                        stop.engine(role, model, stacked) as engine,
+                        self.clock.stage(f"{what} of the {role}{where}") as written,
+                        stop.engine(role, model, stacked, own) as engine,
                     ):
                         say = self.notes.append
-                        written.append(fill(stores[role], self.sets[role], units, engine, compute, self.progress, say))
+                        written.append(fill(stores[role], self.sets[role], units, engine, own, self.progress, say))
         return stacked.facts if stacked else {}
 
     def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
@@ -737,7 +821,7 @@ class Run:
         A store may hold those of other runs too.
         """
         extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
-        extra |= self._metadata(tokens) if tokens.name == "pool" else {}
+        extra |= self._columns(tokens) if tokens.name == "pool" else {}
         if self.replayed and tokens.name == "pool":
             extra["replay"] = torch.tensor([float(id in self.replayed) for id in tokens.ids], dtype=torch.float64)
         if tokens.name == "target" and (groups := self._target_groups()):
@@ -764,16 +848,42 @@ class Run:
         return joined(*keep, {name: column[finite] for name, column in extra.items()})
 
 
-def _without_gradients(tokens: TokenSet, metadata: Mapping[str, torch.Tensor]) -> Gradients:
-    """Returns the rows of a method that reads no gradient: ids and token counts."""
+def _without_gradients(tokens: TokenSet, columns: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]) -> Gradients:
+    """Returns the rows of a method that reads nothing of the model: ids, token counts, and what else is given."""
     supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
-    columns = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
-    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**columns, **metadata})
+    lengths = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
+    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**lengths, **columns}, extra)
+
+
+def asks_for(selector: Selector) -> str:
+    """Returns what a method must be given beside a pool, and what it does with the model, in words."""
+    needs = selector.needs
+    given = [role for role in ("target", "anchor") if any(_reads(need, role) for need in needs)]
+    passes = [
+        "trains first" if getattr(selector, "warmup", None) is not None else "",
+        "gradients"
+        if any(_reads_gradients(need) for need in needs)
+        else "forward pass"
+        if any(_reads_model(need) for need in needs)
+        else "no pass of the model",
+    ]
+    return "; ".join(part for part in (", ".join(given), ", ".join(filter(None, passes))) if part)
+
+
+def _reads_model(need: str) -> bool:
+    """Says whether a need cannot be met without a pass of the model."""
+    return not (need in ("tokens", "completion_tokens") or need.startswith(("meta/", "bm25/", "embedding:")))
+
+
+def _reads_gradients(need: str) -> bool:
+    """Says whether a need cannot be met without a backward pass."""
+    return _reads_model(need) and not need.startswith(("loss", "hidden"))
 
 
 def _reads(need: str, role: str) -> bool:
     """Says whether a need cannot be met without the examples of this role."""
-    return need == f"{role}s" or need.startswith((f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}"))
+    starts = (f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}")
+    return need in (f"{role}s", f"bm25/{role}") or need.endswith(f"/{role}s") or need.startswith(starts)
 
 
 def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:

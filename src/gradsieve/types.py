@@ -8,6 +8,8 @@ Selectors see a `Problem` and nothing else: no model, no tokenizer, no disk. `Ar
 Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names those it reads in `needs`:
 
     loss                 mean negative log-likelihood of the completion tokens (nats per token)
+    loss/alone           the same without the prompt
+    bm25/target          how well the words match those of the targets, in [0, 1]
     tokens               length of the whole sequence after truncation: what training on the row costs
     completion_tokens    tokens that carry loss
     norm                 ‖g‖ over the chosen parameters
@@ -18,6 +20,11 @@ Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names 
 
 Reference names R: `target`, `anchor` (all categories together), `unit/anchor` (the mean of unit gradients in place of
 gradients), `anchor:CATEGORY`, `contrast/anchor:CATEGORY`, `contrast/target`.
+
+Representations of a `Gradients` (matrices beside the sketches, read by name where a checkpoint's name is asked for):
+
+    hidden               position-weighted mean of the last hidden states, float32 [n, D]
+    embedding:ENCODER    embedding of the text by a sentence-transformers model, float32 [n, D]
 """
 
 from __future__ import annotations
@@ -33,6 +40,8 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
+
+REPRESENTATIONS = ("hidden",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,8 @@ class Gradients(Protocol):
         ids: One id per row; ties break on it.
         dim: Sketch size d.
         columns: Exact per-row scalars by name, float64 [n] (see the module docstring).
-        checkpoints: Names of the model checkpoints the sketches were taken at; at least one.
+        checkpoints: Names of the model checkpoints the sketches were taken at; none if `dim` is 0.
+        representations: Names of the matrices that are there beside the sketches (see the module docstring).
     """
 
     @property
@@ -72,13 +82,19 @@ class Gradients(Protocol):
     def columns(self) -> Mapping[str, Tensor]: ...
     @property
     def checkpoints(self) -> Sequence[str]: ...
+    @property
+    def representations(self) -> Sequence[str]: ...
 
     def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (rows int64 [b], sketches float32 [b, d]) until every row came once, in any order."""
+        """Yields (rows int64 [b], sketches float32 [b, d]) until every row came once, in any order.
+
+        Args:
+            checkpoint: One of `checkpoints`, the first by default, or one of `representations`, which have their own width.
+        """
         ...
 
     def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
-        """Returns the sketches of the rows in `index` (int64 [k]), in that order: float32 [k, d]."""
+        """Returns the sketches of the rows in `index` (int64 [k]), in that order: float32 [k, d]; names as for `blocks`."""
         ...
 
 
@@ -90,18 +106,22 @@ class ArrayGradients:
         ids: One unique id per row.
         sketch: float [n, d], or one such matrix per checkpoint by name.
         columns: Scalars by name, [n] each.
+        extra: Representations by name, float [n, D] each.
     """
 
     ids: Sequence[str]
     sketch: Tensor | Mapping[str, Tensor]
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
     block_rows: ClassVar[int] = 4096
 
     def __post_init__(self) -> None:
         n = len(self.ids)
         if len(set(self.ids)) != n:
             raise InvalidArgument(f"ids must be unique, got {n - len(set(self.ids))} repeated of {n}; rename them")
-        for name, matrix in self._sketches().items():
+        if both := set(self._sketches()) & set(self.extra):
+            raise InvalidArgument(f"extra must have names that no checkpoint has, got {', '.join(sorted(both))}; rename them")
+        for name, matrix in self._matrices().items():
             if matrix.ndim != 2 or len(matrix) != n:
                 raise InvalidArgument(f"sketch {name!r} must be [{n}, d] (one row per id), got {list(matrix.shape)}")
         for name, column in self.columns.items():
@@ -111,6 +131,9 @@ class ArrayGradients:
 
     def _sketches(self) -> Mapping[str, Tensor]:
         return {"base": self.sketch} if isinstance(self.sketch, Tensor) else self.sketch
+
+    def _matrices(self) -> Mapping[str, Tensor]:
+        return {**self._sketches(), **self.extra}
 
     @classmethod
     def from_matrix(
@@ -140,13 +163,17 @@ class ArrayGradients:
     def checkpoints(self) -> Sequence[str]:
         return tuple(self._sketches())
 
+    @property
+    def representations(self) -> Sequence[str]:
+        return tuple(self.extra)
+
     def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        matrix = self._sketches()[checkpoint or self.checkpoints[0]]
+        matrix = self._matrices()[checkpoint or self.checkpoints[0]]
         for rows in torch.arange(len(matrix)).split(self.block_rows):
             yield rows, matrix[rows].float()
 
     def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
-        return self._sketches()[checkpoint or self.checkpoints[0]][index].float()
+        return self._matrices()[checkpoint or self.checkpoints[0]][index].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +365,9 @@ class Selector(Protocol):
     """A method: a frozen dataclass whose fields are its hyper-parameters, flags and YAML keys.
 
     `needs` names what it reads, so that exactly that is extracted: columns (`norm`, `dot/target`, `max/lm_head`, …),
-    `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `navigator`. `dot/contrast/anchor:*` and
-    `dot/anchor:*` stand for one column per category of the anchor.
+    `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `hidden`, `hidden/targets` (a representation
+    of candidates and of targets), `navigator`. `dot/contrast/anchor:*` and `dot/anchor:*` stand for one column per category
+    of the anchor.
 
     A method whose gradients are taken after a warm-up of the model has a property `warmup` besides, a `Warmup` or None.
     """

@@ -30,6 +30,7 @@ from gradsieve.extraction import ComputeSettings, TokenSet, manifest
 from gradsieve.gradients.adam import PICKLED, SAFE, Moments
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.models import ModelSource, hash_weights, tokenizer_hash
 from gradsieve.store import Manifest
 from gradsieve.types import Warmup
@@ -264,14 +265,18 @@ class Stop:
         own = manifest(self.source, self.settings(role), references if role == "pool" else {})
         return own if role != "pool" or self.moments is None else Manifest({**own.settings, "moments": self.moments[1]})
 
-    def engine(self, role: str, model: torch.nn.Module, references: References | None) -> GradientEngine:
-        """Returns the engine for a set; the model is the one of `source`."""
+    def engine(
+        self, role: str, model: torch.nn.Module, references: References | None, compute: ComputeSettings
+    ) -> GradientEngine | ForwardEngine:
+        """Returns the engine for a set with these settings of its store; the model is the one of `source`."""
+        if not compute.engine.gradients:
+            return ForwardEngine(model, compute.engine)
         moments = moments_of(*self.moments, model) if role == "pool" and self.moments is not None else None
         return GradientEngine(
             model,
-            self.settings(role).engine,
+            compute.engine,
             references if role == "pool" else None,
-            checkpointing=self.compute.checkpointing,
+            checkpointing=compute.checkpointing,
             moments=moments,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsieve.types import ArrayGradients, Problem, Reference
 
+EMBEDDING = "embedding:sentence-transformers/all-MiniLM-L6-v2"
 GROUPS = ("embedding", "lm_head")
 
 
@@ -41,6 +42,7 @@ def build_problem(n: int, d: int = 16, m: int = 6, seed: int = 0, checkpoints: i
 
     The pool has n rows with ids in no order, every column of the docstring of `gradsieve.types`, and the references target,
     anchor, anchor:{math,knowledge}, contrast/anchor:{math,knowledge}, contrast/target. There are m targets and m + 2 anchors.
+    Each has hidden states of width p // 2.
     """
     rng = torch.Generator().manual_seed(seed)
     p, half = 3 * d, m // 2 + 1
@@ -56,9 +58,12 @@ def build_problem(n: int, d: int = 16, m: int = 6, seed: int = 0, checkpoints: i
         count = len(H)
         columns = dict(ArrayGradients.from_matrix(H, references=means).columns) | _lengths(count, rng) | _statistics(count, rng)
         columns["loss"] = torch.rand(count, generator=rng, dtype=torch.float64) * 3
+        columns["loss/alone"] = columns["loss"] + torch.rand(count, generator=rng, dtype=torch.float64)
+        columns["bm25/target"] = torch.rand(count, generator=rng, dtype=torch.float64)
         names = torch.randperm(count, generator=rng).tolist()
         sketch = {"base" if c == 0 else f"epoch{c}": (H @ S).float() for c, S in enumerate(projections)}
-        return ArrayGradients([f"{prefix}-{i:05d}" for i in names], sketch, columns)
+        hidden = (H[:, : p // 2] + torch.randn(count, p // 2, generator=rng, dtype=torch.float64)).float()
+        return ArrayGradients([f"{prefix}-{i:05d}" for i in names], sketch, columns, {"hidden": hidden, EMBEDDING: -hidden})
 
     cosines = {a: {b: float(r @ s / (r.norm() * s.norm())) for b, s in means.items()} for a, r in means.items()}
     references = {name: Reference(float(r.norm()), 400, 0.9, cosines[name]) for name, r in means.items()}

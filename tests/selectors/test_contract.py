@@ -55,7 +55,7 @@ def run(method: Selector, problem: Problem, budget: str = "25%", seed: int = 0) 
 
 
 def reads_gradients(method: Selector) -> bool:
-    return bool(method.needs - {"tokens", "completion_tokens", "loss"})
+    return bool(method.needs - {"tokens", "completion_tokens", "loss", "loss/alone", "bm25/target"})
 
 
 def chosen_ids(selection: Selection, problem: Problem) -> list[str]:
@@ -70,7 +70,8 @@ def rebuilt(g: Gradients, rows: Sequence[int], ids: Sequence[str] | None = None,
         name: column[index] * (scale if any(fnmatchcase(name, p) for p in GRADIENT_COLUMNS) else 1)
         for name, column in g.columns.items()
     }
-    return ArrayGradients(ids or [g.ids[row] for row in rows], sketch, columns)
+    extra = {name: g.rows(index, name) * scale for name in g.representations}
+    return ArrayGradients(ids or [g.ids[row] for row in rows], sketch, columns, extra)
 
 
 class Reblocked:
@@ -79,6 +80,7 @@ class Reblocked:
     def __init__(self, inner: Gradients, size: int) -> None:
         self.inner, self.size = inner, size
         self.ids, self.dim, self.columns, self.checkpoints = inner.ids, inner.dim, inner.columns, inner.checkpoints
+        self.representations = inner.representations
 
     def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.arange(len(self.ids)).flip(0).split(self.size):
@@ -194,7 +196,8 @@ def test_a_zero_gradient_is_refused_or_left_out_with_a_note(name, method, make_p
     zeroed = [rebuilt(problem.candidates, [i], scale=0.0 if i in (3, 11) else 1.0) for i in range(20)]
     sketch = torch.cat([part.rows(torch.tensor([0])) for part in zeroed])
     columns = {c: torch.cat([part.columns[c] for part in zeroed]) for c in problem.candidates.columns}
-    problem = dataclasses.replace(problem, candidates=ArrayGradients(problem.candidates.ids, sketch, columns))
+    extra = {e: torch.cat([part.extra[e] for part in zeroed]) for e in problem.candidates.extra}
+    problem = dataclasses.replace(problem, candidates=ArrayGradients(problem.candidates.ids, sketch, columns, extra))
     try:
         selection = run(method, problem, "100%")
     except InvalidArgument as error:
@@ -217,10 +220,13 @@ def test_a_pool_of_zero_gradients_is_refused(name, method, make_problem):
 def without(problem: Problem, need: str) -> Problem:
     if need in ("targets", "anchors"):
         return dataclasses.replace(problem, **{need: None})
+    if need.endswith("/targets"):
+        return dataclasses.replace(problem, targets=without(Problem(problem.targets), need.removesuffix("/targets")).candidates)
     pool = problem.candidates
     sketch = torch.empty(len(pool.ids), 0) if need == "sketch" else pool.rows(torch.arange(len(pool.ids)))
     columns = {c: v for c, v in pool.columns.items() if not fnmatchcase(c, need)}
-    return dataclasses.replace(problem, candidates=ArrayGradients(pool.ids, sketch, columns))
+    extra = {e: v for e, v in pool.extra.items() if e != need}
+    return dataclasses.replace(problem, candidates=ArrayGradients(pool.ids, sketch, columns, extra))
 
 
 @every_method
@@ -249,12 +255,15 @@ def test_a_needed_column_that_is_not_finite_is_refused(name, method, make_proble
 
 @every_method
 def test_a_sketch_that_is_not_finite_is_refused(name, method, make_problem):
-    if "sketch" not in method.needs:
-        pytest.skip("reads no sketch")
+    matrices = {need for need in method.needs if need == "sketch" or need in make_problem(1).candidates.representations}
+    if not matrices:
+        pytest.skip("reads no matrix")
     problem = make_problem(10)
-    problem.candidates.sketch["base"][7, 2] = torch.inf
+    for matrix in matrices:
+        of = problem.candidates.sketch["base"] if matrix == "sketch" else problem.candidates.extra[matrix]
+        of[7, 2] = torch.inf
     with pytest.raises(
-        InvalidArgument, match=f"sketch.*{problem.candidates.ids[7]}.*finite|finite.*{problem.candidates.ids[7]}"
+        InvalidArgument, match=f"{'|'.join(matrices)}.*{problem.candidates.ids[7]}.*finite|finite.*{problem.candidates.ids[7]}"
     ):
         run(method, problem, "2")
 
@@ -269,12 +278,14 @@ def test_the_problem_is_left_as_it_was(name, method, make_problem):
         assert all(torch.equal(a.sketch[c], b.sketch[c]) for c in b.sketch)
         assert a.columns.keys() == b.columns.keys()
         assert all(torch.equal(a.columns[c], b.columns[c]) for c in b.columns)
+        assert all(torch.equal(a.extra[e], b.extra[e]) for e in b.extra)
     assert problem.references == untouched.references
 
 
 @every_method
 def test_an_empty_pool_is_refused(name, method, make_problem):
     problem = make_problem(4)
-    nothing = ArrayGradients([], torch.empty(0, 16), {c: torch.empty(0) for c in problem.candidates.columns})
+    columns = {c: torch.empty(0) for c in problem.candidates.columns}
+    nothing = ArrayGradients([], torch.empty(0, 16), columns, {e: torch.empty(0, 24) for e in problem.candidates.extra})
     with pytest.raises(InvalidArgument, match="at least one"):
         run(method, dataclasses.replace(problem, candidates=nothing), "1")

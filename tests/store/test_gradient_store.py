@@ -52,6 +52,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
         seen[rows] = block
     assert (seen - expected).norm() / expected.norm() < 3e-4
     assert torch.equal(view.rows(torch.tensor([7, 0, 7])), seen[[7, 0, 7]])
+    assert view.rows(torch.zeros(0, dtype=torch.long)).shape == (0, 8)
     assert torch.equal(view.columns["norm"], expected.double().norm(dim=1))
     assert view.columns["tokens"].tolist() == list(range(10))
     assert (view.dim, view.checkpoints) == (8, ("base",))

@@ -35,6 +35,7 @@ class Accumulator:
         backward_runs: True once forward is over.
         paused: True while modules are run again for their own sake: nothing that then arrives counts.
         hooks: Those on tensors of the graph.
+        hidden: The examples' pooled hidden states, where they are taken.
     """
 
     def __init__(self, tools: Tools, batch: Batch, mean: MeanGradient | None = None) -> None:
@@ -43,6 +44,7 @@ class Accumulator:
         self.backward_runs = False
         self.paused = False
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.hidden: torch.Tensor | None = None
         self._calls: dict[nn.Module, list[Call]] = {}
         self._recent: deque[Reading] = deque()
         self._region: int | None = None

@@ -110,7 +110,7 @@ def restarted(
 def halves(batch: Batch) -> list[Batch]:
     """Returns the first and the second half of a batch of at least 2 examples."""
     half = len(batch.input_ids) // 2
-    whole = (batch.input_ids, batch.labels, batch.scale, batch.position_ids)
+    whole = (batch.input_ids, batch.labels, batch.scale, batch.position_ids, batch.lengths)
     parts: tuple[slice, slice] = slice(None, half), slice(half, None)
     return [Batch(*(x if x is None else x[part] for x in whole)) for part in parts]  # type: ignore[arg-type]
 

@@ -27,6 +27,8 @@ class EngineSettings:
         direction: `sgd`: sketches, norms, products and the statistics of parameters are those of the gradient g; `adam`: of
             Γ(z), see `gradsieve.gradients.adam`. Reference directions and `signals` are of plain gradients either way.
         less_form: Whether Γ is taken as the LESS code has it.
+        hidden: Whether the position-weighted mean of the last hidden states is taken.
+        gradients: Whether gradients are taken; without them a forward pass gives `loss` and hidden states.
     """
 
     params: str = "auto"
@@ -37,6 +39,8 @@ class EngineSettings:
     layers: Literal["none", "moments", "extremes"] = "none"
     direction: Literal["sgd", "adam"] = "sgd"
     less_form: bool = False
+    hidden: bool = False
+    gradients: bool = True
 
     def __post_init__(self) -> None:
         if self.less_form and self.direction != "adam":
@@ -57,12 +61,14 @@ class Batch:
         labels: int64 [B, T], -100 where there is no loss; unshifted, as transformers has them.
         scale: float [B], a factor on each example's gradient; None for 1.
         position_ids: int64 [B, T], for packed rows: where positions begin anew, attention does too. None for 0, 1, 2, …
+        lengths: Tokens of each example before padding, int64 [B]: what the mean of hidden states goes over. None: no padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     scale: Tensor | None = None
     position_ids: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,11 @@ class Block:
     """What the engine makes of one batch.
 
     Attributes:
-        sketch: float32 [B, d].
+        sketch: float32 [B, d]; d is 0 without gradients.
         columns: float64 [B] by name: `loss`, `completion_tokens`, `norm`, `norm/lm_head`, `dot/…` with unit references, …
+        hidden: Position-weighted mean of the last hidden states, float32 [B, D], where it was asked for.
     """
 
     sketch: Tensor
     columns: Mapping[str, Tensor]
+    hidden: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from gradsieve.report.figures import Floats
 from gradsieve.report.page import Page
 
+_REPEATS = re.compile(r"(copy|near-duplicate) of (.+)", re.DOTALL)  # the reasons that the filter for duplicates gives
 MOST_POINTS = 3000  # drawn in the scatter
 _FIRST = ("utility", "risk", "conflict", "cos/target", "score", "tokens", "completion_tokens", "loss", "norm")
 _OWN_FIGURE = frozenset({"density", "band", "path", "steps", "walk", "layout", "bars"})
@@ -27,6 +29,21 @@ def _numbers(value: object) -> Floats | None:
     except (TypeError, ValueError):
         return None
     return array if array.ndim == 1 else None
+
+
+def kind_of_reason(reason: str) -> str:
+    """Returns the reason for leaving an example out, the same for all that repeat another one, whichever that is."""
+    match = _REPEATS.match(reason)
+    return f"{match[1]} of another example" if match else reason
+
+
+def repeated(page: Page) -> list[tuple[str, list[str]]]:
+    """Returns the examples that others repeat, each with the ids of those, the most repeated first."""
+    groups: dict[str, list[str]] = {}
+    for id, reason in page.excluded:
+        if match := _REPEATS.match(reason):
+            groups.setdefault(match[2], []).append(id)
+    return sorted(((id, sorted(others)) for id, others in groups.items()), key=lambda group: (-len(group[1]), group[0]))
 
 
 def row_values(page: Page) -> dict[str, Floats]:

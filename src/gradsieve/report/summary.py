@@ -90,7 +90,8 @@ def five_numbers(page: Page, values: Mapping[str, Floats]) -> list[Number]:
     if "tokens" in values:
         tokens = np.nan_to_num(values["tokens"])
         share = wording.percent(float(tokens[chosen].sum() / tokens.sum())) if tokens.sum() else "–"
-        numbers.append(Number(f"{tokens[chosen].sum():,.0f}", "tokens to train on", f"{share} of the pool’s"))
+        each = f"; {tokens[chosen].mean():,.0f} an example, {tokens.mean():,.0f} in the pool" if k else ""
+        numbers.append(Number(f"{tokens[chosen].sum():,.0f}", "tokens to train on", f"{share} of the pool’s{each}"))
     agreement = next((name for name in ("utility", "cos/target") if name in values), None)
     conflict = next((name for name in ("risk", "conflict") if name in values), None)
     medians = [agreement] if agreement else []

@@ -17,10 +17,13 @@ strata, the end of the budget), `directions` (unit sketches with exact products)
 
 from __future__ import annotations
 
+from gradsieve.selectors.bm25 import BM25
 from gradsieve.selectors.curiosity import Curiosity
+from gradsieve.selectors.embedding import Embedding
 from gradsieve.selectors.g2is import G2IS
 from gradsieve.selectors.gradmatch import GradMatch
 from gradsieve.selectors.grads import GrADS
+from gradsieve.selectors.ifd import IFD
 from gradsieve.selectors.length import Length
 from gradsieve.selectors.less import LESS
 from gradsieve.selectors.ogs import OGS
@@ -28,6 +31,7 @@ from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
 from gradsieve.selectors.perplexity import Perplexity
 from gradsieve.selectors.pgm import PGM
+from gradsieve.selectors.rds import RDS
 from gradsieve.selectors.uniform import Random
 from gradsieve.types import Selector
 
@@ -35,11 +39,15 @@ SELECTORS: dict[str, type[Selector]] = {
     "random": Random,
     "length": Length,
     "perplexity": Perplexity,
+    "ifd": IFD,
+    "bm25": BM25,
+    "embedding": Embedding,
     "grads": GrADS,
     "ogs": OGS,
     "ogs-static": OGSStatic,
     "orth-only": OrthOnly,
     "less": LESS,
+    "rds": RDS,
     "g2is": G2IS,
     "gradmatch": GradMatch,
     "pgm": PGM,
@@ -47,12 +55,16 @@ SELECTORS: dict[str, type[Selector]] = {
 }
 
 __all__ = [
+    "BM25",
     "G2IS",
+    "IFD",
     "LESS",
     "OGS",
     "PGM",
+    "RDS",
     "SELECTORS",
     "Curiosity",
+    "Embedding",
     "GrADS",
     "GradMatch",
     "Length",

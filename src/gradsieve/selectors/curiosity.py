@@ -27,7 +27,7 @@ class Curiosity:
     max over subsets B of f(B) = log det(I + σ⁻² Σ_{z in B} x_z x_z'), x_z = V'ĝ_z the unit gradient in the target's r main
     directions V: the information that noisy observations along the x_z give about a direction's effect. f is monotone and
     submodular, so the greedy choice reaches at least 1 - 1/e = 63 % of the best subset's (Nemhauser et al. 1978). It carries
-    the idea of Domain Curiosity (Struckmeier et al. 2021), to collect the data that are most informative about the target,
+    the idea of Domain Curiosity (Arndt et al. 2021), to collect the data that are most informative about the target,
     over to a fixed pool: the first picks point along the directions, later ones fill those that are least covered.
 
     Departs from the paper: that one trains a policy that collects data; this one chooses from data that are there, and
@@ -52,7 +52,7 @@ class Curiosity:
     picks_by: ClassVar[str] = "how much new information about the target's directions each further example brings"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
     cost: ClassVar[str] = "O(n d r + k n) and lazy gains of O(r²)"
-    source: ClassVar[str] = "after Struckmeier et al. 2021"
+    source: ClassVar[str] = "after Arndt et al. 2021"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

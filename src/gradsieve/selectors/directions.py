@@ -29,7 +29,7 @@ class Directions:
 
     Attributes:
         gradients: Where the sketches come from.
-        checkpoint: Which of its checkpoints, None for the first.
+        checkpoint: Which of its checkpoints, None for the first, or one of its representations.
         zero: bool [n]: the sketch is zero, so that the row has no direction; its unit row is zero.
         mean: float64 [d] on the grid: the mean unit row over the rows that have a direction.
         cache: float32 [n, d], or None where it would exceed `CACHE_BYTES`.
@@ -43,12 +43,13 @@ class Directions:
 
     @classmethod
     def of(cls, gradients: Gradients, checkpoint: str | None = None) -> Directions:
-        """Reads all sketches once; O(nd).
+        """Reads all sketches, or rows of a representation, once; O(nd).
 
         Raises:
             InvalidArgument: A sketch is not finite.
         """
-        n, d = len(gradients.ids), gradients.dim
+        n, d = len(gradients.ids), gradients.rows(torch.zeros(1, dtype=torch.long), checkpoint).shape[1]
+        what = checkpoint if checkpoint in gradients.representations else "sketch"
         zero = torch.zeros(n, dtype=torch.bool)
         total = torch.zeros(d, dtype=torch.float64)
         cache = torch.empty(n, d) if 4 * n * d <= CACHE_BYTES else None
@@ -56,7 +57,7 @@ class Directions:
             finite = sketch.isfinite().all(1)
             if not finite.all():
                 row = int(rows[~finite][0])
-                raise InvalidArgument(f"the sketch of {gradients.ids[row]!r} must be finite; extract it again")
+                raise InvalidArgument(f"the {what} of {gradients.ids[row]!r} must be finite; extract it again")
             U = unit_rows(sketch)
             zero[rows] = (U == 0).all(1)
             total += U.sum(0)  # exact for n < 2^29

@@ -27,6 +27,8 @@ _FLAGS = {
     "dot/contrast/anchor:*": ("--anchor with wrong copies (general examples it must not forget)", _CONTRAST),
     "dot/contrast/target": ("--target with wrong copies (examples of the ability you want)", _CONTRAST),
     "sketch": ("the candidates' sketches", "extract them with --dim above 0"),
+    "hidden": ("the candidates' last hidden states", "extract them, or add them to `extra` under the name hidden"),
+    "hidden/targets": ("--target (examples of the ability you want) with last hidden states", "pass a JSONL"),
     "navigator": ("a live model to train and measure", "give Problem(navigator=…)"),
 }
 
@@ -50,6 +52,9 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
     asked = set(needs) | ({"tokens"} if budget is not None and budget.tokens is not None else set())
     there = {"sketch": pool.dim > 0, "navigator": problem.navigator is not None}
     there |= {"targets": _any_rows(problem.targets), "anchors": _any_rows(problem.anchors)}
+    there |= dict.fromkeys(pool.representations, True)
+    if problem.targets is not None and len(problem.targets.ids):
+        there |= {f"{name}/targets": True for name in problem.targets.representations}
     for need in sorted(asked):
         if not there.get(need, False) and not (need not in there and matching(pool, need)):
             raise InvalidArgument(_missing(pool, need, method))
@@ -109,7 +114,7 @@ def reference_notes(problem: Problem, references: Iterable[str]) -> list[str]:
     ]
 
 
-def zero_note(gradients: Gradients, zero: Tensor, method: str, what: str = "candidates") -> list[str]:
+def zero_note(gradients: Gradients, zero: Tensor, method: str, what: str = "candidates", of: str = "gradient") -> list[str]:
     """Returns a note that names the rows left out because their gradient is zero; no note where there are none.
 
     Args:
@@ -117,17 +122,18 @@ def zero_note(gradients: Gradients, zero: Tensor, method: str, what: str = "cand
         zero: bool [n].
         method: The method's name.
         what: What the rows are called.
+        of: What of them is zero.
 
     Raises:
         InvalidArgument: Every row is zero.
     """
     names = sorted(gradients.ids[row] for row in zero.nonzero().flatten().tolist())
     if len(names) == len(gradients.ids):
-        raise InvalidArgument(f"{method} needs gradients with a direction, got zero for all {len(names)} {what}; extract again")
+        raise InvalidArgument(f"{method} needs {of}s with a direction, got zero for all {len(names)} {what}; extract again")
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return [f"{len(names)} of {len(gradients.ids)} {what} have a zero gradient, which has no direction; left out: {shown}"]
+    return [f"{len(names)} of {len(gradients.ids)} {what} have a zero {of}, which has no direction; left out: {shown}"]
 
 
 def _any_rows(gradients: Gradients | None) -> bool:
@@ -138,6 +144,9 @@ def _missing(pool: Gradients, need: str, method: str) -> str:
     if need in _FLAGS:
         what, cure = _FLAGS[need]
         return f"{method} needs {what}, got none; {cure}"
+    if need.startswith("embedding:"):
+        whose = "--target (examples of the ability you want)" if need.endswith("/targets") else "the candidates"
+        return f"{method} needs embeddings of {whose}, got none; add them to `extra` as {need.removesuffix('/targets')}"
     have = ", ".join(sorted(pool.columns)) or "no columns"
     return f"{method} needs the column {need!r} of the candidates, got {have}; extract it, or add it to the columns"
 

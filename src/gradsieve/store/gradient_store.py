@@ -24,6 +24,7 @@ from gradsieve.atomic import write_atomically
 from gradsieve.errors import StoreCorrupt, StoreError
 from gradsieve.store.manifest import NAME, Manifest
 from gradsieve.store.shards import check_shard, pack_sketch, read_sketch, read_tensors, write_shard
+from gradsieve.types import REPRESENTATIONS
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class GradientStore:
 
         Args:
             unit: The unit.
-            sketches: float32 [b, d] per checkpoint.
+            sketches: float32 [b, d] per checkpoint; a representation stands among them under its name, with its own width.
             columns: float64 [b] by name.
         """
         tensors: dict[str, Tensor] = {"rows": torch.arange(unit.first_row, unit.first_row + len(unit.keys))}
@@ -204,7 +205,9 @@ class StoredGradients:
         self.ids = tuple(ids)
         self.columns: dict[str, Tensor] = dict(extra)
         self.checkpoints: tuple[str, ...] = ()
+        self.representations: tuple[str, ...] = ()
         self.dim = 0
+        self._widths: dict[str, int] = {}
         for number, rows in self._by_shard(np.arange(len(keys))):
             path = store.shard(number)
             if not path.exists():
@@ -214,28 +217,32 @@ class StoredGradients:
                     continue
                 column = self.columns.setdefault(name, torch.full((len(keys),), torch.nan, dtype=torch.float64))
                 column[rows] = values[self._local[rows]]
-            if not self.checkpoints:
-                halves = read_tensors(path, "sketch/")
-                self.checkpoints = tuple(sorted(halves))
-                self.dim = next(iter(halves.values())).shape[1]
+            if not self._widths:
+                self._widths = {name: half.shape[1] for name, half in read_tensors(path, "sketch/").items()}
+                self.representations = tuple(name for name in REPRESENTATIONS if name in self._widths)
+                self.checkpoints = tuple(sorted(self._widths.keys() - set(REPRESENTATIONS)))
+                self.dim = self._widths[self.checkpoints[0]] if self.checkpoints else 0
 
     def _by_shard(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (shard number, positions in `wanted`) for the rows in `wanted`."""
+        if not len(wanted):
+            return
         order = np.argsort(self._shards[wanted], kind="stable")
         numbers, starts = np.unique(self._shards[wanted][order], return_index=True)
         yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
 
     def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (rows int64 [b], sketches float32 [b, d]), a shard at a time."""
+        name = checkpoint or self.checkpoints[0]
         for number, rows in self._by_shard(np.arange(len(self.ids))):
-            sketch = read_sketch(self._store.shard(number), checkpoint or self.checkpoints[0], self._local[rows])
+            sketch = read_sketch(self._store.shard(number), name, self._local[rows])
             yield torch.from_numpy(rows), sketch
 
     def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
         """Returns the sketches of these rows, float32 [k, d]."""
-        wanted = index.numpy()
-        result = torch.empty(len(wanted), self.dim)
+        wanted, name = index.numpy(), checkpoint or self.checkpoints[0]
+        result = torch.empty(len(wanted), self._widths[name])
         for number, positions in self._by_shard(wanted):
-            sketch = read_sketch(self._store.shard(number), checkpoint or self.checkpoints[0], self._local[wanted[positions]])
+            sketch = read_sketch(self._store.shard(number), name, self._local[wanted[positions]])
             result[torch.from_numpy(positions)] = sketch
         return result

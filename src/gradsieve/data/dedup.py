@@ -1,0 +1,155 @@
+"""Duplicates by their text: the same conversation again, or one in nearly the same words.
+
+The example with the smallest id stays; one that repeats it goes. Going through the pool by id, an example goes if it is like
+one that stays, so that every example that goes has one that stays at least as like as the threshold, and chains of likeness
+(a like b, b like c) do not run off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from gradsieve.errors import InvalidArgument, MissingExtra
+from gradsieve.types import Example
+
+Dedup = Literal["off", "exact", "near"]
+
+SHINGLE = 4
+"""Letters in a shingle: short enough that a changed word changes few of them, long enough that chance shares few."""
+PERMUTATIONS = 128
+RECALL = 0.999
+"""Chance of comparing two examples that are just as like as the threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """An example that goes.
+
+    Attributes:
+        position: Its index in the examples.
+        of: Index of the one that stays.
+        likeness: Jaccard index of their shingles; 1 for the same text.
+        copy: Whether it is the same text.
+    """
+
+    position: int
+    of: int
+    likeness: float
+    copy: bool
+
+    def reason(self, examples: Sequence[Example]) -> str:
+        """Returns why it goes, as `excluded.jsonl` says it."""
+        return f"{'copy' if self.copy else 'near-duplicate'} of {examples[self.of].id}"
+
+
+def find_duplicates(examples: Sequence[Example], how: Dedup, threshold: float) -> list[Duplicate]:
+    """Returns the examples that repeat one with a smaller id, by position.
+
+    Args:
+        examples: The pool.
+        how: `exact`: the same text of every turn; `near`: texts whose shingles of 4 letters have a Jaccard index of at least
+            the threshold, letter case, punctuation and spacing left out; `off`: none.
+        threshold: In (0, 1]; read with `near` only.
+
+    Returns:
+        Duplicates in O(n) hashes and, for `near`, comparisons with the examples that share a band of the MinHash signature:
+        two examples just as like as the threshold are compared with a chance of at least 99.9 %, more like ones surely enough.
+
+    Raises:
+        InvalidArgument: The threshold is out of range.
+        MissingExtra: `near` without datasketch.
+    """
+    check_dedup(how, threshold)
+    if how == "off":
+        return []
+    by_id = sorted(range(len(examples)), key=lambda i: examples[i].id)
+    first: dict[bytes, int] = {}
+    found = []
+    stays = []
+    for i in by_id:
+        other = first.setdefault(_key(examples[i]), i)
+        if other == i:
+            stays.append(i)
+        else:
+            found.append(Duplicate(i, other, 1.0, True))
+    if how == "near":
+        near = {duplicate.position: duplicate for duplicate in _near(examples, stays, threshold)}
+        # a copy of an example that goes is a near-duplicate of what that one repeats
+        found = [dataclasses.replace(near[d.of], position=d.position) if d.of in near else d for d in found]
+        found += near.values()
+    return sorted(found, key=lambda duplicate: duplicate.position)
+
+
+def check_dedup(how: str, threshold: float) -> None:
+    """Raises InvalidArgument unless these are settings of `find_duplicates`."""
+    if how not in get_args(Dedup):
+        raise InvalidArgument(f"dedup must be one of {', '.join(get_args(Dedup))}, got {how!r}")
+    if not 0 < threshold <= 1:
+        raise InvalidArgument(f"dedup_threshold must lie in (0, 1], got {threshold}; 0.7 is the default")
+
+
+def banding(threshold: float) -> tuple[int, int]:
+    """Returns (bands, rows a band) with the most rows for which two examples at the threshold share a band with `RECALL`.
+
+    They share all r rows of a band with chance t^r, and one of b bands with 1 - (1 - t^r)^b.
+    """
+    fitting = [
+        (PERMUTATIONS // rows, rows)
+        for rows in range(1, PERMUTATIONS // 2 + 1)
+        if math.pow(1 - math.pow(threshold, rows), PERMUTATIONS // rows) <= 1 - RECALL
+    ]
+    return fitting[-1] if fitting else (PERMUTATIONS, 1)
+
+
+def shingles(text: str) -> npt.NDArray[np.uint64]:
+    """Returns the hashes of the runs of 4 letters of a text, each once, sorted; of the whole where it is shorter."""
+    plain = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    runs = {plain[i : i + SHINGLE] for i in range(max(1, len(plain) - SHINGLE + 1))}
+    return np.array(sorted(xxhash.xxh3_64_intdigest(run.encode()) for run in runs), dtype=np.uint64)
+
+
+def _key(example: Example) -> bytes:
+    hasher = xxhash.xxh3_128()
+    for turn in example.messages:
+        for part in (str(turn["role"]), str(turn.get("content") or "")):
+            encoded = part.encode()
+            hasher.update(b"%d " % len(encoded) + encoded)
+    return hasher.digest()
+
+
+def _near(examples: Sequence[Example], stays: Sequence[int], threshold: float) -> list[Duplicate]:
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise MissingExtra("dedup near needs the package datasketch; pip install 'gradsieve[text]'") from None
+    bands = banding(threshold)
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=bands)
+    kept: dict[int, npt.NDArray[np.uint64]] = {}
+    found = []
+    for i in stays:
+        own = shingles("\n".join(str(turn.get("content") or "") for turn in examples[i].messages))
+        signature = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
+        signature.update_batch((own & np.uint64(0xFFFFFFFF)).tolist())
+        likeness = {int(j): _jaccard(own, kept[int(j)]) for j in index.query(signature)}
+        best = min(likeness, key=lambda j: (-likeness[j], examples[j].id), default=None)
+        if best is not None and likeness[best] >= threshold:
+            found.append(Duplicate(i, best, likeness[best], False))
+        else:
+            index.insert(i, signature)
+            kept[i] = own
+    return found
+
+
+def _jaccard(a: npt.NDArray[np.uint64], b: npt.NDArray[np.uint64]) -> float:
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared)

@@ -1,0 +1,126 @@
+"""Duplicates against all pairs, by hand, and on the demo's planted ones."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsieve.data.dedup import _jaccard, banding, find_duplicates, shingles
+from gradsieve.errors import InvalidArgument, MissingExtra
+from gradsieve.types import Example
+
+
+def example(id, text, answer="Yes."):
+    messages = ({"role": "user", "content": text}, {"role": "assistant", "content": answer})
+    return Example(id, messages, b"", f"x:{id}")
+
+
+def dedup_naive(examples, threshold):
+    """Goes through the pool by id and drops what is like any that stays; the most like one, then the smaller id, is named."""
+    sets = [set(shingles(f"{e.messages[0]['content']}\n{e.messages[1]['content']}").tolist()) for e in examples]
+    stays, gone = [], {}
+    for i in sorted(range(len(examples)), key=lambda i: examples[i].id):
+        like = [(len(sets[i] & sets[j]) / len(sets[i] | sets[j]), j) for j in stays]
+        like = [(x, j) for x, j in like if x >= threshold]
+        if like:
+            gone[i] = min(like, key=lambda pair: (-pair[0], examples[pair[1]].id))[1]
+        else:
+            stays.append(i)
+    return gone
+
+
+def found(examples, how, threshold=0.7):
+    return {d.position: d.of for d in find_duplicates(examples, how, threshold)}
+
+
+def test_the_same_text_goes_and_the_smallest_id_stays():
+    pool = [example("c", "one"), example("a", "two"), example("b", "one"), example("d", "One"), example("e", "one", "No.")]
+    assert found(pool, "exact") == {0: 2}
+    assert found(pool, "off") == {}
+    assert find_duplicates(pool, "exact", 0.7)[0].reason(pool) == "copy of b"
+
+
+def test_case_punctuation_and_spacing_do_not_hide_a_near_duplicate():
+    pool = [example("a", "What is a fever, in medicine?"), example("b", "what is a  FEVER in medicine"), example("c", "dogs")]
+    assert found(pool, "exact") == {}
+    assert found(pool, "near", 1.0) == {1: 0}
+    assert find_duplicates(pool, "near", 0.9)[0].reason(pool) == "near-duplicate of a"
+
+
+def test_roles_and_the_borders_of_turns_count_for_the_same_text():
+    one = Example("a", ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}), b"", "x")
+    other = Example("b", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}), b"", "x")
+    assert found([one, other], "exact") == {}
+
+
+def test_a_chain_of_likeness_does_not_run_off_and_a_copy_follows_the_one_it_repeats():
+    a, b, c = "abcdefghijklmnop", "abcdefghijklmnopqrst", "abcdefghijklmnopqrstuvwx"
+    texts = [(a, b), (b, c), (a, c)]
+    ab, bc, ac = (_jaccard(shingles(f"{x}\nYes."), shingles(f"{y}\nYes.")) for x, y in texts)
+    assert ac < min(ab, bc)
+    between = (ac + min(ab, bc)) / 2
+    pool = [example("1", a), example("2", b), example("3", c), example("4", b)]
+    assert found(pool, "near", between) == {1: 0, 3: 0}  # 3 is like 2 and not like 1, which stays
+
+
+words = st.lists(st.sampled_from(["fever", "rash", "cats", "heart", "lungs", "a", "b", "of the"]), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(words, min_size=1, max_size=12), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]), st.randoms())
+def test_what_goes_is_what_all_pairs_say(texts, threshold, random):
+    names = [f"{i:02d}" for i in range(len(texts))]
+    random.shuffle(names)
+    pool = [example(name, " ".join(text)) for name, text in zip(names, texts, strict=True)]
+    assert found(pool, "near", threshold) == dedup_naive(pool, threshold)
+
+
+def test_the_order_of_the_pool_does_not_matter():
+    pool = [example(f"{i:03d}", f"word{i % 7} and number {i % 3}") for i in range(60)]
+    forth, back = find_duplicates(pool, "near", 0.6), find_duplicates(pool[::-1], "near", 0.6)
+    assert {(pool[d.position].id, pool[d.of].id) for d in forth} == {
+        (pool[::-1][d.position].id, pool[::-1][d.of].id) for d in back
+    }
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95, 1.0])
+def test_examples_at_the_threshold_are_compared_almost_surely(threshold):
+    bands, rows = banding(threshold)
+    assert bands * rows <= 128
+    assert 1 - (1 - threshold**rows) ** bands >= 0.999
+    assert rows == 64 or 1 - (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) < 0.999
+
+
+def test_shingles_are_runs_of_letters_each_once():
+    assert len(shingles("aaaaaaa")) == 1
+    assert len(shingles("ab")) == 1
+    assert len(shingles("abcdef")) == 3
+    assert np.array_equal(shingles("AB, cd-ef"), shingles("ab cd ef"))
+
+
+def test_settings_that_break_a_rule_and_a_missing_package_are_named(monkeypatch):
+    with pytest.raises(InvalidArgument, match=r"dedup_threshold must lie in \(0, 1\], got 0"):
+        find_duplicates([], "near", 0)
+    with pytest.raises(InvalidArgument, match="dedup must be one of off, exact, near, got 'fuzzy'"):
+        find_duplicates([], "fuzzy", 0.7)
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'gradsieve\[text\]'"):
+        find_duplicates([example("a", "x")], "near", 0.7)
+
+
+@pytest.mark.demo
+def test_most_of_the_demos_planted_near_duplicates_are_found():
+    from gradsieve.data import row_fields
+    from gradsieve.demo import demo_set
+
+    pool = demo_set("pool", 400, 0)
+    kinds = [row_fields(e).get("planted") for e in pool]
+    planted = kinds.count("near-duplicate")
+    pairs = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", 0.5)]
+    assert sum("near-duplicate" in pair for pair in pairs) > 0.8 * planted  # of each pair the smaller id stays
+    others = [pair for pair in pairs if "near-duplicate" not in pair]
+    assert sum(pair == {"false-arithmetic"} for pair in others) > 0.8 * len(others)  # one template, other numbers
