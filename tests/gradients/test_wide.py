@@ -35,6 +35,9 @@ def test_products_are_those_of_the_wide_sketches_of_the_loop(twin: Any, family: 
     sketches = torch.stack([true.sketch(z, names, plan) for z in range(len(rows))])
     mean = sketches[:4].mean(0)
     assert references.facts["r"].norm == pytest.approx(mean.norm().item(), rel=1e-5)
+    length = float(mean @ mean)  # norms of single gradients are exact, that of their mean is of its sketch
+    variance = (sum(true.norm(z, names) ** 2 for z in range(4)) / 4 - length) * 4 / 3
+    assert references.facts["r"].signal_share == pytest.approx(1 - variance / 4 / length, rel=1e-4)
     for z in range(len(rows)):
         norm = true.norm(z, names)
         assert block.columns["dot/r"][z].item() == pytest.approx((sketches[z] @ mean / mean.norm()).item(), abs=1e-6 * norm)
