@@ -6,7 +6,7 @@ DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint bench setup clean
+.PHONY: demo test check lint bench study-smoke setup clean
 
 setup: $(STAMP)
 
@@ -28,14 +28,18 @@ test: $(STAMP)  ## All tests, on all cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks studies examples
+	$(BIN)/ruff check src tests benchmarks studies examples
 	$(BIN)/mypy
 
 check: lint test  ## What CI runs.
 
 bench: $(STAMP)  ## Speed of extraction against its floor and a training step, two minutes.
 	$(BIN)/python benchmarks/extract.py --quick
+
+study-smoke: $(STAMP)  ## Ten minutes of a study: make study-smoke SETS=FOLDER (see studies/README.md).
+	$(BIN)/python studies/prepare.py --source $(SETS) --out runs/study-data
+	$(BIN)/gradsieve compare studies/smoke.yaml --data runs/study-data --out runs/smoke
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

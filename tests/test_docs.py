@@ -254,3 +254,16 @@ def test_the_pages_show_python_and_every_card_a_command_or_a_reason() -> None:
         text = card.read_text(encoding="utf-8")
         assert "```python" in text, card.name
         assert re.search(rf"^    gradsieve select {card.stem} ", text, re.MULTILINE) or card.stem == "metadata"
+
+
+def test_the_readmes_table_of_methods_is_that_of_the_code() -> None:
+    """Where this fails, put the rows that it prints between the two marks."""
+    rows = ["| method | picks by | reads | cost | source |", "|---|---|---|---|---|"]
+    for name, kind in SELECTORS.items():
+        page = card_of(name).relative_to(ROOT)
+        cells = (getattr(kind, column) for column in ("picks_by", "reads", "cost", "source"))
+        rows.append(f"| [`{name}`]({page}) | {' | '.join(cells)} |")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- methods -->\n\n(.*?)\n\n<!-- /methods -->", readme, re.DOTALL)
+    assert found is not None
+    assert found[1] == "\n".join(rows), "\n".join(rows)
