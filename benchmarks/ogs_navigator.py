@@ -17,9 +17,10 @@ from torch import Tensor
 import gradsieve as gs
 from gradsieve.demo import demo_set
 from gradsieve.extraction import TokenSet
+from gradsieve.job import Job
 from gradsieve.models import find_model, resolve_dtype
 from gradsieve.navigation import make_navigator, split_anchor
-from gradsieve.pipeline import Job, extract
+from gradsieve.pipeline import extract
 from gradsieve.selectors.clusters import cluster
 from gradsieve.selectors.directions import Directions
 from gradsieve.selectors.ogs_refine import drive

@@ -23,7 +23,8 @@ import torch
 
 import gradsieve as gs
 from gradsieve.data import row_fields
-from gradsieve.pipeline import Job, extract
+from gradsieve.job import Job
+from gradsieve.pipeline import extract
 from gradsieve.selectors import OGSStatic
 from gradsieve.selectors.reading import cosines
 from gradsieve.types import Example

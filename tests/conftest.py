@@ -37,9 +37,9 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(autouse=True)
 def _stores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a folder keep their gradients below the test's own, not in the user's cache; the demo model is shared."""
-    from gradsieve import pipeline
+    from gradsieve import run
 
-    monkeypatch.setattr(pipeline, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(run, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,9 @@ from gradsieve.compare.command import Compare
 from gradsieve.demo_run import Demo
 from gradsieve.errors import InvalidArgument
 from gradsieve.export import Export
+from gradsieve.job import Job
 from gradsieve.outputs import Replay
-from gradsieve.pipeline import Job, find_method, method_class, select
+from gradsieve.pipeline import find_method, method_class, select
 from gradsieve.rebuild import Rebuild
 from gradsieve.selectors import SELECTORS
 from gradsieve.selectors.metadata import Metadata

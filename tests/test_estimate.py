@@ -6,7 +6,7 @@ import pytest
 import gradsieve as gs
 from gradsieve import cli
 from gradsieve.estimate import estimate
-from gradsieve.pipeline import Job
+from gradsieve.job import Job
 
 Write = Callable[..., Path]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradsieve.errors import StoreCorrupt as StoreCorrupt
     from gradsieve.errors import StoreError as StoreError
     from gradsieve.errors import StoreMismatch as StoreMismatch
-    from gradsieve.pipeline import Job as Job
+    from gradsieve.job import Job as Job
     from gradsieve.pipeline import Result as Result
     from gradsieve.pipeline import select as select
     from gradsieve.selectors import BM25 as BM25
@@ -59,7 +59,8 @@ _HOME = {
         "DataError", "GradsieveError", "InvalidArgument", "MemoryLimit", "MissingExtra", "ModelError",
         "StoreCorrupt", "StoreError", "StoreMismatch",
     ),
-    "gradsieve.pipeline": ("Job", "Result", "select"),
+    "gradsieve.job": ("Job",),
+    "gradsieve.pipeline": ("Result", "select"),
     "gradsieve.selectors": (
         "BM25", "Embedding", "IFD", "G2IS", "LESS", "OGS", "PGM", "RDS", "SELECTORS", "Curiosity", "GrADS", "GradMatch",
         "Length", "OGSStatic", "OrthOnly", "Perplexity", "Random",

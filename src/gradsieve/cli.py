@@ -111,7 +111,8 @@ def _estimate(arguments: list[str]) -> int:
 def _extract(arguments: list[str]) -> int:
     import tyro
 
-    from gradsieve.pipeline import Job, extract
+    from gradsieve.job import Job
+    from gradsieve.pipeline import extract
 
     help = tyro.conf.arg(help="Compare so many random examples with float64 loops, one backward pass each; 0 for none.")
     fields: list[Any] = [("job", Annotated[Job, tyro.conf.arg(name="")]), ("check", Annotated[int, help], 0)]
@@ -152,7 +153,7 @@ def _methods(arguments: list[str]) -> int:
         return _fail(f"methods must stand alone, got {' '.join(arguments)}")
     from rich.table import Table
 
-    from gradsieve.pipeline import asks_for
+    from gradsieve.run import asks_for
     from gradsieve.selectors import SELECTORS
 
     table = Table("method", "needs", "reads", "picks by", "cost", "source", box=None, header_style="bold", pad_edge=False)
@@ -309,7 +310,7 @@ def _select_command(kind: type) -> type:
     """Makes the dataclass whose fields are the flags: the job's, the method's, and --out."""
     import tyro
 
-    from gradsieve.pipeline import Job
+    from gradsieve.job import Job
 
     clash = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(Job)}
     if clash:

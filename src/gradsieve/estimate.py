@@ -14,7 +14,9 @@ from typing import Any
 
 from gradsieve.clock import Cost, Progress, silent
 from gradsieve.extraction import TokenSet
-from gradsieve.pipeline import Job, Run, find_method
+from gradsieve.job import Job
+from gradsieve.pipeline import find_method
+from gradsieve.run import Run
 
 ONCE = ("reading", "tokens", "loading the model", "trying batch sizes")
 """Stages that an estimate goes through in full."""

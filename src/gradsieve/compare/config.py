@@ -39,8 +39,9 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from gradsieve.compare.typed import mapping, refuse_unknown, typed, typed_fields
 from gradsieve.data import Format
 from gradsieve.errors import DataError, GradsieveError, InvalidArgument
+from gradsieve.job import Job
 from gradsieve.models import DType
-from gradsieve.pipeline import Job, find_method
+from gradsieve.pipeline import find_method
 from gradsieve.types import Budget
 
 T = TypeVar("T")

@@ -1,0 +1,644 @@
+"""A run up to the choice: read, check, take the gradients that are missing, and show them to a method."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsieve.batch_size import best_size, describe, try_sizes
+from gradsieve.check import Compared
+from gradsieve.check import check as check_rows
+from gradsieve.clock import Clock, Progress
+from gradsieve.data import Excluded, overlap, read_examples, row_fields
+from gradsieve.data.corrupt import Corruption, corrupt
+from gradsieve.data.dedup import check_dedup, find_duplicates
+from gradsieve.data.texts import bm25_scores, embeddings
+from gradsieve.demo import cache_dir
+from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
+from gradsieve.extraction import (
+    ComputeSettings,
+    Contrast,
+    Source,
+    TokenSet,
+    UnitMean,
+    contrast,
+    fill,
+    for_store,
+    form_note,
+    manifest,
+    measure_references,
+    plan,
+    read_facts,
+    reusable,
+    token_sets,
+    with_form,
+    write_facts,
+)
+from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.forward import ForwardEngine
+from gradsieve.gradients.settings import EngineSettings, plain
+from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.job import Data, Job, file_names
+from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
+from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.overhead import Overhead, overhead
+from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
+from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
+from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.warmup import Stop, require_training, stops_of
+
+DEFAULT_BATCH = 1024  # tokens
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of the main job up to the choice: everything that can be checked is checked before the model is loaded."""
+
+    job: Job
+    name: str
+    needs: frozenset[str]
+    out: Path | None
+    progress: Progress
+    warmup: Warmup | None = None
+    thin: Callable[[TokenSet], TokenSet] | None = None  # takes part of every set: an estimate runs on little
+    clock: Clock = field(default_factory=Clock)
+    notes: list[str] = field(default_factory=list)
+    sets: dict[str, TokenSet] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    corrupted: dict[str, Example] = field(default_factory=dict)
+    held_out: TokenSet | None = None
+    navigator: LoRANavigator | None = None
+    replayed: frozenset[str] = frozenset()
+    gradient_tokens: int = 0
+    trained_weights: int = 0
+    alone: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
+        """Returns the run of a method."""
+        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None))
+
+    def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
+        """Reads, extracts what is missing, and returns what a method may look at."""
+        job, budget = self.job, Budget.parse(self.job.budget)
+        check_dedup(job.dedup, job.dedup_threshold)
+        with self.clock.stage("reading"):
+            examples = self._read(data)
+            self.corrupted = self._read_corrupted(examples)
+            if budget.examples is not None and budget.examples > len(examples["pool"]):
+                raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
+            if self.out is not None:
+                _require_writable(self.out)
+            if self.warmup is not None:
+                require_training(self.name, self.warmup)
+        with self.clock.stage("tokens"):
+            self.source = source = self._find_model(model, tokenizer)
+            device, dtype = self._where(source)
+            template = _read_template(job.chat_template)
+            for role, part in examples.items():
+                tokens = TokenSet.of(role, part, source.tokenizer, max_length=job.max_length, chat_template=template)
+                tokens.require_usable()
+                self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
+                self.sets[role] = self.thin(tokens) if self.thin else tokens
+        if job.dedup != "off":
+            self._drop_duplicates()
+        if "navigator" in self.needs:
+            self.sets["anchor"], self.held_out = split_anchor(self.sets["anchor"])
+            self.notes.append(
+                f"the anchor was split: {len(self.sets['anchor'].kept)} examples give the references, and forgetting is "
+                f"measured on the other {len(self.held_out.kept)}"
+            )
+        gradients = any(_reads_gradients(need) for need in self.needs)
+        if any(need.startswith("embedding:") for need in self.needs) and any(_reads_model(need) for need in self.needs):
+            raise InvalidArgument(f"{self.name} must read embeddings alone, got needs of the model beside them; read `hidden`")
+        engine = EngineSettings(
+            params=job.params,
+            sketch=SketchPlan(job.dim, job.seed),
+            reduction=job.reduction,
+            hidden=not gradients or "hidden" in self.needs,
+            gradients=gradients,
+        )
+        self.compute = compute = ComputeSettings(
+            engine,
+            dtype,
+            device,
+            job.max_length,
+            DEFAULT_BATCH if job.batch_tokens == "auto" else job.batch_tokens,
+            job.unit_tokens,
+            job.checkpointing,
+            job.reference_memory,
+        )
+        self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
+        if not any(_reads_model(need) for need in self.needs):
+            return self._without_model(device)
+        return self._gradients(source, compute, template)
+
+    def overhead(self, candidates: Gradients, selection: Selection) -> Overhead | None:
+        """Returns what choosing cost beside training; None where no gradient was taken."""
+        if not self.gradient_tokens:
+            return None
+        tokens = candidates.columns["tokens"]
+        trained = self.navigator.trained_tokens if self.navigator is not None else 0
+        measured = 0
+        if self.navigator is not None and self.held_out is not None:
+            passes = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
+            measured = self.navigator.measured * passes
+        ratio = 1.0
+        if self.job.navigator and self.trained_weights:
+            ratio = weight_count(self.job.navigator) / self.trained_weights
+        return overhead(
+            self.gradient_tokens, trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
+        )
+
+    def _drop_duplicates(self) -> None:
+        """Leaves out the usable examples of the pool that repeat another usable one, each with the reason."""
+        pool, job = self.sets["pool"], self.job
+        with self.clock.stage("duplicates"):
+            usable = [pool.examples[position] for position in pool.kept]
+            found = find_duplicates(usable, job.dedup, job.dedup_threshold)
+        self.sets["pool"] = pool.without({duplicate.position: duplicate.reason(usable) for duplicate in found})
+        kept = len({duplicate.of for duplicate in found})
+        self.notes.append(
+            f"{len(found)} of {len(usable)} usable examples of the pool repeat one of {kept} others and were left out "
+            f"({job.dedup}{f', {job.dedup_threshold:g}' if job.dedup == 'near' else ''}); of each group the smallest id stays"
+        )
+
+    def check(self, candidates: Gradients, count: int) -> list[Compared]:
+        """Compares random rows of the pool with float64 loops."""
+        with self.clock.stage("check"):
+            return check_rows(
+                candidates,
+                count,
+                self.sets["pool"],
+                self.source,
+                self.compute,
+                self.references,
+                self.job.seed,
+                self.progress,
+            )
+
+    def excluded(self, candidates: Gradients) -> list[Excluded]:
+        """Returns every example of the pool that is not among the candidates, with the reason."""
+        pool, finite = self.sets["pool"], set(candidates.ids)
+        reason = "its gradient is not finite (NaN or infinite)"
+        own = ((position, pool.examples[position].id) for position in pool.kept)
+        not_finite = [Excluded(position, id, reason) for position, id in own if id not in finite]
+        return sorted([*pool.excluded, *not_finite], key=lambda excluded: excluded.position)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def _read(self, data: Mapping[str, Data]) -> dict[str, Sequence[Example]]:
+        if not data["pool"]:
+            raise InvalidArgument("--pool must name the examples to choose from, got none; pass a JSONL, or `--pool demo`")
+        for role, flag in (
+            ("target", "--target (examples of the ability you want)"),
+            ("anchor", "--anchor (general examples)"),
+        ):
+            if not data[role] and any(_reads(need, role) for need in self.needs):
+                raise InvalidArgument(
+                    f"{self.name} needs {flag}, got none; pass a JSONL, or `--{role} demo` for the built-in one"
+                )
+        examples = {role: self._read_set(role, value) for role, value in data.items() if value}
+        if self.job.replay:
+            replay = self._read_set("replay", self.job.replay)
+            self.replayed = frozenset(example.id for example in replay)
+            if shared := self.replayed & {example.id for example in examples["pool"]}:
+                raise InvalidArgument(
+                    f"replay must have ids of its own, got {min(shared)!r}, which the pool has too; rename it"
+                )
+            examples["pool"] = [*examples["pool"], *replay]
+        for role in set(examples) - {"pool"}:
+            _refuse_overlap(role, examples[role], "pool", examples["pool"])
+        if "target" in examples and "anchor" in examples:
+            _refuse_overlap("anchor", examples["anchor"], "target", examples["target"])
+        return examples
+
+    def _read_set(self, role: str, data: Data) -> Sequence[Example]:
+        if not isinstance(data, str | Path) and any(isinstance(part, Example) for part in data):
+            return _from_memory(role, data)
+        files = file_names(data)
+        built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
+        if any(built_in):
+            if role == "replay":
+                raise InvalidArgument("--replay must name files, got demo; the demo has no replay examples")
+            if len(files) > 1:
+                raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
+            from gradsieve.demo import demo_set, describe
+
+            size = built_in[0][1] if built_in[0] else None
+            examples = demo_set(role, int(size) if size else None, self.job.seed)
+            self.formats[role] = describe(examples)
+            return examples
+        dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
+        self.notes += dataset.notes
+        self.formats[role] = dataset.format
+        if not dataset.examples:
+            raise InvalidArgument(f"{role} must hold at least one example, got none in {', '.join(files)}")
+        if dataset.repeated:
+            self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
+        return dataset.examples
+
+    def _columns(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
+        """The pool's columns that do not come with its gradients: numbers it has, matches of words, answers alone."""
+        columns = {need: self._numbers(tokens, need) for need in sorted(self.needs) if need.startswith("meta/")}
+        if "bm25/target" in self.needs:
+            target = self.sets["target"]
+            with self.clock.stage("words"):
+                wanted = [target.examples[i] for i in target.kept]
+                columns["bm25/target"] = bm25_scores([tokens.examples[i] for i in tokens.kept], wanted)
+        if self.alone is not None:
+            columns["loss/alone"] = self.alone
+        return columns
+
+    def _numbers(self, tokens: TokenSet, need: str) -> torch.Tensor:
+        """A number that comes with the examples, `meta/FIELD`."""
+        values = []
+        for example in (tokens.examples[i] for i in tokens.kept):
+            value = row_fields(example).get(need.removeprefix("meta/"))
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise DataError(f"{example.origin}: field {need[5:]!r} must be a number for {self.name}, got {value!r}")
+            values.append(float(value))
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _without_model(self, device: str) -> Problem:
+        """What a method may look at that needs no pass of the model."""
+        encoders = {need for need in self.needs if need.startswith("embedding:")}
+        views = {}
+        for role in ("pool", "target"):
+            mark = "" if role == "pool" else f"/{role}s"
+            own = {need.removesuffix(mark) for need in encoders if need.endswith("/targets") == bool(mark)}
+            if role == "pool" or own:
+                tokens = self.sets[role]
+                extra = {name: self._embedded(tokens, name.removeprefix("embedding:"), device) for name in sorted(own)}
+                views[role] = _without_gradients(tokens, self._columns(tokens) if role == "pool" else {}, extra)
+        return Problem(views["pool"], views.get("target"))
+
+    def _embedded(self, tokens: TokenSet, encoder: str, device: str) -> torch.Tensor:
+        with self.clock.stage(f"embeddings of the {tokens.name}"):
+            return embeddings([tokens.examples[i] for i in tokens.kept], encoder, device)
+
+    def _read_corrupted(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Example]:
+        if not self.job.corrupted:
+            return {}
+        copies = {example.id: example for example in self._read_set("corrupted", self.job.corrupted)}
+        originals = {example.id: example for role in ("anchor", "target") for example in examples.get(role, ())}
+        for id, copy in copies.items():
+            if id not in originals:
+                raise InvalidArgument(
+                    f"corrupted must hold copies of anchor or target examples, got {copy.origin} with id {id!r}"
+                )
+            if copy.messages == originals[id].messages:
+                raise InvalidArgument(f"corrupted must differ from its original, got {copy.origin} with the messages of {id!r}")
+        return copies
+
+    def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
+        if isinstance(model, str) and not model:
+            raise InvalidArgument("--model must name a folder, a hub id or `demo`, got none")
+        if self.job.navigator:
+            self.trained_weights = weight_count(model) if model else 0
+            self.notes.append(
+                f"the navigator {self.job.navigator} did the scoring; ask `gradsieve transfer` whether it may choose for "
+                f"{self.job.model or 'the model that will be trained'}"
+            )
+            return find_model(self.job.navigator, tokenizer, trust_remote_code=self.job.trust_remote_code)
+        return find_model(model, tokenizer, trust_remote_code=self.job.trust_remote_code)
+
+    def _where(self, source: ModelSource) -> tuple[str, torch.dtype]:
+        """Returns device and compute type: those of a model object where there is one, else what the job asks for."""
+        if source.live is not None:
+            weight = next(source.live.parameters())
+            return str(weight.device), weight.dtype
+        device = resolve_device(self.job.device)
+        return device, resolve_dtype(self.job.dtype, device)
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
+        self.references = references = self._reference_sources(source, compute, template)
+        self.compute = compute = with_form(source, compute, len(references))
+        root = self._store_folder(manifest(source, compute, references).fingerprint)
+        stops, rates = [Stop("base", source, root, compute)], dict[str, float]()
+        if self.warmup is not None:
+            stops, rates, note = stops_of(
+                self.warmup,
+                source,
+                self.sets["pool"],
+                self.job.warmup_recipe,
+                self.job.seed,
+                compute,
+                root,
+                self.clock,
+                self.progress,
+            )
+            self.notes.append(note)
+            stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
+        if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
+            self.notes.append(form_note(wide.source, wide.compute, len(references)))
+        if "loss/alone" in self.needs:
+            self.alone = self._answers_alone(source, compute, root)
+        filled = {stop.name: self._filled(stop, references, alone=len(stops) == 1) for stop in stops}
+        views = {
+            role: self._view({name: stores[role] for name, (stores, _) in filled.items()}, self.sets[role], references)
+            for role in self._roles()
+        }
+        facts = filled[stops[-1].name][1]
+        shown = {name: fact for name, fact in facts.items() if name in references}
+        groups = self._target_groups()
+        behind = {part.digest(): sum(part.lengths) for source_set in references.values() for part in token_sets(source_set)}
+        each = sum(sum(self.sets[role].lengths) for role in self._roles()) + sum(behind.values())
+        self.gradient_tokens = len(stops) * each if compute.engine.gradients else 0
+        if "navigator" in self.needs:
+            self.navigator = self._make_navigator(source.load(compute.dtype, compute.device), views["pool"])
+        return Problem(
+            views["pool"], views.get("target"), views.get("anchor"), shown, self.navigator, rates=rates, groups=groups
+        )
+
+    def _answers_alone(self, source: ModelSource, compute: ComputeSettings, root: Path) -> torch.Tensor:
+        """The loss of every answer without its question, float64 [n], from a forward pass with a folder of its own."""
+        tokens = self.sets["pool"].alone()
+        own = dataclasses.replace(compute, engine=dataclasses.replace(compute.engine, gradients=False, hidden=False))
+        store = GradientStore(root / "alone" / "pool", manifest(source, own, {}))
+        if units := store.pending(plan(store, tokens, own)):
+            stage = self.clock.stage("forward pass of the answers alone")
+            with stage as written, source.opened(own.dtype, own.device) as model, ForwardEngine(model, own.engine) as engine:
+                written.append(fill(store, tokens, units, engine, own, self.progress))
+        return store.view(tokens.ids, tokens.keys).columns["loss"]
+
+    def _target_groups(self) -> list[str]:
+        """The abilities that the target's examples name, where there are at least two; those that name none are one more."""
+        target = self.sets.get("target")
+        named = {target.examples[i].category or "none" for i in target.kept} if target else set()
+        return sorted(named) if len(named) > 1 else []
+
+    def _roles(self) -> list[str]:
+        """The sets whose gradients are taken."""
+        return ["pool", *(role for role in ("target", "anchor") if {f"{role}s", f"hidden/{role}s"} & self.needs)]
+
+    def _filled(
+        self, stop: Stop, references: Mapping[str, Source], *, alone: bool
+    ) -> tuple[dict[str, GradientStore], dict[str, Reference]]:
+        """Returns the stores of one checkpoint, once nothing is missing in them, and what is known about the references."""
+        stores: dict[str, GradientStore] = {}
+        pending = {}
+        for role in self._roles():
+            stores[role] = self._open(stop, role, references)
+            pending[role] = stores[role].pending(plan(stores[role], self.sets[role], stop.compute))
+        facts = read_facts(stores["pool"])
+        if any(pending.values()):
+            extra = set(stores["pool"].manifest.settings["references"]) - set(references)
+            if pending["pool"] and extra:
+                raise StoreMismatch(
+                    f"store {stop.root / 'pool'} must be finished with the references it was begun with, got a run without "
+                    f"{', '.join(sorted(extra))}; run that method again first, or choose another --store"
+                )
+            facts |= self._fill(stop, references, stores, pending, "" if alone else f" ({stop.name})")
+        return stores, facts
+
+    def _make_navigator(self, model: torch.nn.Module, pool: Gradients) -> LoRANavigator:
+        """Loads a model of its own: the engine's may be the caller's, and is gone where the store was full."""
+        assert self.held_out is not None
+        tokens = dict(zip(self.sets["pool"].ids, self.sets["pool"].tokens, strict=True))
+        settings = NavigatorSettings(
+            learning_rate=self.job.navigator_rate,
+            warmup=self.job.navigator_warmup,
+            batch_tokens=DEFAULT_BATCH if self.job.batch_tokens == "auto" else self.job.batch_tokens,
+            seed=self.job.seed,
+        )
+        candidates = [tokens[id] for id in pool.ids]
+        return make_navigator(model, candidates, self.sets["target"], self.held_out, self.source.tokenizer, settings)
+
+    def _open(self, stop: Stop, role: str, references: Mapping[str, Source]) -> GradientStore:
+        """Opens a role's store. A forward pass has a folder of its own, unless gradients with all it gives are there."""
+        folder, wanted = stop.root / role, stop.manifest(role, references)
+        there = reusable(folder, wanted)
+        if stop.compute.engine.gradients or there is not wanted:
+            return GradientStore(folder, there)
+        folder = stop.root / "forward" / role
+        return GradientStore(folder, reusable(folder, wanted))
+
+    def _try_batch_sizes(
+        self,
+        model: torch.nn.Module,
+        compute: ComputeSettings,
+        pending: Mapping[str, Any],
+    ) -> int:
+        """Returns the batch size that was found best on the largest set that is to be computed."""
+        role = max(pending, key=lambda role: sum(len(unit.keys) for unit in pending[role]))
+        wanted = {key for unit in pending[role] for key in unit.keys}
+        mine = [t for key, t in zip(self.sets[role].keys, self.sets[role].tokens, strict=True) if key in wanted]
+        mine.sort(key=lambda tokens: -len(tokens.input_ids))
+        with (
+            self.clock.stage("trying batch sizes"),
+            GradientEngine(model, plain(compute.engine), checkpointing=compute.checkpointing) as engine,
+        ):
+            rates = try_sizes(engine, mine, compute.unit_tokens, compute.device)
+        self.notes.append(describe(rates))
+        return best_size(rates)
+
+    def _store_folder(self, fingerprint: str) -> Path:
+        """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
+        if self.job.store:
+            return Path(self.job.store)
+        return self.out / "store" if self.out else cache_dir() / "stores" / fingerprint
+
+    def _fill(
+        self,
+        stop: Stop,
+        references: Mapping[str, Source],
+        stores: Mapping[str, GradientStore],
+        pending: Mapping[str, Any],
+        where: str,
+    ) -> Mapping[str, Reference]:
+        stacked, compute = None, stop.compute
+        with ExitStack() as stack:
+            with self.clock.stage(f"loading the model{where}"):
+                model = stack.enter_context(stop.source.opened(compute.dtype, compute.device))
+            if self.job.batch_tokens == "auto":
+                size = self._try_batch_sizes(model, compute, pending)
+                self.job = dataclasses.replace(self.job, batch_tokens=size)
+            compute = dataclasses.replace(compute, batch_tokens=int(self.job.batch_tokens))
+            if pending["pool"] and references:
+                with self.clock.stage(f"references{where}"):
+                    stacked = measure_references(model, compute, references, self.progress, self.notes.append)
+                    write_facts(stores["pool"], stacked.facts)
+            for role, units in pending.items():
+                if units:
+                    own = dataclasses.replace(for_store(stop.settings(role), stores[role]), batch_tokens=compute.batch_tokens)
+                    what = "gradients" if own.engine.gradients else "forward pass"
+                    with (
+                        self.clock.stage(f"{what} of the {role}{where}") as written,
+                        stop.engine(role, model, stacked, own) as engine,
+                    ):
+                        say = self.notes.append
+                        written.append(fill(stores[role], self.sets[role], units, engine, own, self.progress, say))
+        return stacked.facts if stacked else {}
+
+    def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
+        """The sets behind every reference that the method reads; `*` stands for all that can be made.
+
+        A target's contrast is measured beside the anchor's: it finds wrong answers of the domain itself.
+        """
+        found: dict[str, Source] = {}
+        needs = self.needs
+        if "dot/target" in needs:
+            found["target"] = self.sets["target"]
+        if "dot/anchor" in needs:
+            found["anchor"] = self.sets["anchor"]
+        if "dot/unit/anchor" in needs:
+            found["unit/anchor"] = UnitMean(self.sets["anchor"])
+        parts = self._categories() if any("anchor:" in need or need == "dot/contrast/*" for need in needs) else {}
+        for category, part in parts.items():
+            if "dot/anchor:*" in needs:
+                found[f"anchor:{category}"] = part
+            if needs & {"dot/contrast/anchor:*", "dot/contrast/*"}:
+                found[f"contrast/anchor:{category}"] = self._contrast(part, source, compute, template)
+        if "target" in self.sets and any(need.startswith("dot/contrast/") for need in needs):
+            found["contrast/target"] = self._contrast(self.sets["target"], source, compute, template)
+        for source_set in found.values():
+            if isinstance(source_set, TokenSet):
+                source_set.require_usable(2)
+        return found
+
+    def _categories(self) -> dict[str, TokenSet]:
+        anchor = self.sets.get("anchor")
+        if anchor is None:
+            return {}
+        labels = [anchor.examples[i].category or "general" for i in anchor.kept]
+        return {
+            label: anchor.restricted(f"anchor:{label}", [i for i, own in enumerate(labels) if own == label])
+            for label in sorted(set(labels))
+        }
+
+    def _contrast(self, part: TokenSet, source: ModelSource, compute: ComputeSettings, template: str | None) -> Contrast:
+        usable = [part.examples[i] for i in part.kept]
+        given = [(example, self.corrupted[example.id]) for example in usable if example.id in self.corrupted]
+        corruption = (
+            Corruption(given, [example for example in usable if example.id not in self.corrupted], "given")
+            if given
+            else corrupt(usable, self.job.corruption, seed=self.job.seed)
+        )
+        made, note = contrast(corruption, part.name, source, compute, template)
+        if note:
+            self.notes.append(note)
+        return made
+
+    def _view(self, stores: Mapping[str, GradientStore], tokens: TokenSet, references: Collection[str]) -> Gradients:
+        """The rows that are finite at every checkpoint, with products of the references that were asked for.
+
+        A store may hold those of other runs too.
+        """
+        extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
+        extra |= self._columns(tokens) if tokens.name == "pool" else {}
+        if self.replayed and tokens.name == "pool":
+            extra["replay"] = torch.tensor([float(id in self.replayed) for id in tokens.ids], dtype=torch.float64)
+        if tokens.name == "target" and (groups := self._target_groups()):
+            own = [groups.index(tokens.examples[i].category or "none") for i in tokens.kept]
+            extra["group"] = torch.tensor(own, dtype=torch.float64)
+
+        def joined(ids: Sequence[str], keys: Sequence[bytes], own: Mapping[str, torch.Tensor]) -> Gradients:
+            views: dict[str, Gradients] = {}
+            for name, store in stores.items():
+                hidden = {f"dot/{name}" for name in store.manifest.settings["references"] if name not in references}
+                views[name] = store.view(ids, keys, own, hidden)
+            return next(iter(views.values())) if list(views) == ["base"] else CheckpointGradients(views)
+
+        whole = joined(tokens.ids, tokens.keys, extra)
+        finite = whole.finite if isinstance(whole, CheckpointGradients) else finite_rows(whole)
+        if finite.all():
+            return whole
+        rows = finite.nonzero()[:, 0].tolist()
+        if not rows:
+            raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
+        if tokens.name != "pool":  # the pool's are in excluded.jsonl
+            self.notes.append(f"{len(whole.ids) - len(rows)} of the {tokens.name}'s gradients are not finite and were left out")
+        keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
+        return joined(*keep, {name: column[finite] for name, column in extra.items()})
+
+
+def _without_gradients(tokens: TokenSet, columns: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]) -> Gradients:
+    """Returns the rows of a method that reads nothing of the model: ids, token counts, and what else is given."""
+    supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
+    lengths = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
+    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**lengths, **columns}, extra)
+
+
+def asks_for(selector: Selector) -> str:
+    """Returns what a method must be given beside a pool, and what it does with the model, in words."""
+    needs = selector.needs
+    given = [role for role in ("target", "anchor") if any(_reads(need, role) for need in needs)]
+    passes = [
+        "trains first" if getattr(selector, "warmup", None) is not None else "",
+        "gradients"
+        if any(_reads_gradients(need) for need in needs)
+        else "forward pass"
+        if any(_reads_model(need) for need in needs)
+        else "no pass of the model",
+    ]
+    return "; ".join(part for part in (", ".join(given), ", ".join(filter(None, passes))) if part)
+
+
+def _reads_model(need: str) -> bool:
+    """Says whether a need cannot be met without a pass of the model."""
+    return not (need in ("tokens", "completion_tokens") or need.startswith(("meta/", "bm25/", "embedding:")))
+
+
+def _reads_gradients(need: str) -> bool:
+    """Says whether a need cannot be met without a backward pass."""
+    return _reads_model(need) and not need.startswith(("loss", "hidden"))
+
+
+def _reads(need: str, role: str) -> bool:
+    """Says whether a need cannot be met without the examples of this role."""
+    starts = (f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}")
+    return need in (f"{role}s", f"bm25/{role}") or need.endswith(f"/{role}s") or need.startswith(starts)
+
+
+def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:
+    """Returns examples that the caller made, once it is sure that each is one and that ids tell them apart."""
+    if not all(isinstance(part, Example) for part in data):
+        raise InvalidArgument(f"{role} must be files or examples, not both; write the examples to a file first")
+    first: dict[str, Example] = {}
+    for example in data:
+        if example.id in first:
+            there = first[example.id].origin
+            raise InvalidArgument(
+                f"{role} must have unique ids, got {example.id!r} at {there} and {example.origin}; rename one"
+            )
+        first[example.id] = example
+    return data
+
+
+def _refuse_overlap(role: str, examples: Sequence[Example], other: str, others: Sequence[Example]) -> None:
+    pairs = overlap(examples, others)
+    if pairs:
+        mine, theirs = pairs[0]
+        raise InvalidArgument(
+            f"{role} must not share examples with the {other}, got {len(pairs)} shared, the first {mine.origin} and "
+            f"{theirs.origin}; remove them from one side"
+        )
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}") from None
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InvalidArgument(f"out must be a folder one can write to, got {out}: {error.strerror}; name another") from None
