@@ -87,6 +87,7 @@ ALLOWED = {
     "cli": BASE
     | {
         "job",
+        "run",
         "demo",
         "data",
         "store",
@@ -101,7 +102,7 @@ ALLOWED = {
         "demo_run",
         "transfer",
     },
-    "__init__": BASE | {"job", "run", "pipeline", "selectors"},
+    "__init__": BASE | {"job", "pipeline", "selectors"},
 }
 
 
