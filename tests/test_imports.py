@@ -29,6 +29,7 @@ ALLOWED = {
     "check": BASE | {"clock", "gradients", "models", "extraction"},
     "batch_size": BASE | {"data", "gradients", "extraction"},
     "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "extraction", "train"},
+    "needs": BASE,
     "job": BASE | {"data", "models", "extraction"},
     "run": BASE
     | {
@@ -42,6 +43,7 @@ ALLOWED = {
         "job",
         "models",
         "navigation",
+        "needs",
         "overhead",
         "store",
         "train",
@@ -68,6 +70,7 @@ ALLOWED = {
     "compare": BASE
     | {
         "job",
+        "needs",
         "clock",
         "data",
         "demo",
@@ -87,7 +90,7 @@ ALLOWED = {
     "cli": BASE
     | {
         "job",
-        "run",
+        "needs",
         "demo",
         "data",
         "store",

@@ -153,7 +153,7 @@ def _methods(arguments: list[str]) -> int:
         return _fail(f"methods must stand alone, got {' '.join(arguments)}")
     from rich.table import Table
 
-    from gradsieve.run import asks_for
+    from gradsieve.needs import asks_for
     from gradsieve.selectors import SELECTORS
 
     table = Table("method", "needs", "reads", "picks by", "cost", "source", box=None, header_style="bold", pad_edge=False)

@@ -20,6 +20,7 @@ from gradsieve.clock import Clock, Progress
 from gradsieve.data import Excluded, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, corrupt
 from gradsieve.data.dedup import check_dedup, find_duplicates
+from gradsieve.data.template import read_template
 from gradsieve.data.texts import bm25_scores, embeddings
 from gradsieve.demo import cache_dir
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
@@ -49,6 +50,7 @@ from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.job import Data, Job, file_names
 from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
 from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.needs import reads_gradients, reads_model, reads_set
 from gradsieve.overhead import Overhead, overhead
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
@@ -102,7 +104,7 @@ class Run:
         with self.clock.stage("tokens"):
             self.source = source = self._find_model(model, tokenizer)
             device, dtype = self._where(source)
-            template = _read_template(job.chat_template)
+            template = read_template(job.chat_template)
             for role, part in examples.items():
                 tokens = TokenSet.of(role, part, source.tokenizer, max_length=job.max_length, chat_template=template)
                 tokens.require_usable()
@@ -116,8 +118,8 @@ class Run:
                 f"the anchor was split: {len(self.sets['anchor'].kept)} examples give the references, and forgetting is "
                 f"measured on the other {len(self.held_out.kept)}"
             )
-        gradients = any(_reads_gradients(need) for need in self.needs)
-        if any(need.startswith("embedding:") for need in self.needs) and any(_reads_model(need) for need in self.needs):
+        gradients = any(reads_gradients(need) for need in self.needs)
+        if any(need.startswith("embedding:") for need in self.needs) and any(reads_model(need) for need in self.needs):
             raise InvalidArgument(f"{self.name} must read embeddings alone, got needs of the model beside them; read `hidden`")
         engine = EngineSettings(
             params=job.params,
@@ -137,7 +139,7 @@ class Run:
             job.reference_memory,
         )
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
-        if not any(_reads_model(need) for need in self.needs):
+        if not any(reads_model(need) for need in self.needs):
             return self._without_model(device)
         return self._gradients(source, compute, template)
 
@@ -202,7 +204,7 @@ class Run:
             ("target", "--target (examples of the ability you want)"),
             ("anchor", "--anchor (general examples)"),
         ):
-            if not data[role] and any(_reads(need, role) for need in self.needs):
+            if not data[role] and any(reads_set(need, role) for need in self.needs):
                 raise InvalidArgument(
                     f"{self.name} needs {flag}, got none; pass a JSONL, or `--{role} demo` for the built-in one"
                 )
@@ -570,37 +572,6 @@ def _without_gradients(tokens: TokenSet, columns: Mapping[str, torch.Tensor], ex
     return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**lengths, **columns}, extra)
 
 
-def asks_for(selector: Selector) -> str:
-    """Returns what a method must be given beside a pool, and what it does with the model, in words."""
-    needs = selector.needs
-    given = [role for role in ("target", "anchor") if any(_reads(need, role) for need in needs)]
-    passes = [
-        "trains first" if getattr(selector, "warmup", None) is not None else "",
-        "gradients"
-        if any(_reads_gradients(need) for need in needs)
-        else "forward pass"
-        if any(_reads_model(need) for need in needs)
-        else "no pass of the model",
-    ]
-    return "; ".join(part for part in (", ".join(given), ", ".join(filter(None, passes))) if part)
-
-
-def _reads_model(need: str) -> bool:
-    """Says whether a need cannot be met without a pass of the model."""
-    return not (need in ("tokens", "completion_tokens") or need.startswith(("meta/", "bm25/", "embedding:")))
-
-
-def _reads_gradients(need: str) -> bool:
-    """Says whether a need cannot be met without a backward pass."""
-    return _reads_model(need) and not need.startswith(("loss", "hidden"))
-
-
-def _reads(need: str, role: str) -> bool:
-    """Says whether a need cannot be met without the examples of this role."""
-    starts = (f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}")
-    return need in (f"{role}s", f"bm25/{role}") or need.endswith(f"/{role}s") or need.startswith(starts)
-
-
 def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:
     """Returns examples that the caller made, once it is sure that each is one and that ids tell them apart."""
     if not all(isinstance(part, Example) for part in data):
@@ -624,15 +595,6 @@ def _refuse_overlap(role: str, examples: Sequence[Example], other: str, others: 
             f"{role} must not share examples with the {other}, got {len(pairs)} shared, the first {mine.origin} and "
             f"{theirs.origin}; remove them from one side"
         )
-
-
-def _read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}") from None
 
 
 def _require_writable(out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, FULL, Config
 from gradsieve.compare.material import Material
-from gradsieve.compare.subsets import Subset, reads_gradients
+from gradsieve.compare.subsets import Subset, reads_store
 from gradsieve.compare.training import keep, make_job, work
 from gradsieve.types import Budget
 
@@ -117,7 +117,7 @@ def forecast(comparison: Comparison) -> Forecast:
     material, config = comparison.material, comparison.config
     cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in comparison.cells]
     gradients = 0.0
-    if any(reads_gradients(arm) for arm in config.arms):
+    if any(reads_store(arm) for arm in config.arms):
         seen = {id(material.trainable(seed)): material.trainable(seed) for seed in config.seeds}
         tokens = sum(sum(one.pool.lengths) for one in seen.values())
         there = any((comparison.study / "stores").glob("*/whole"))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import xxhash
 from gradsieve.compare.config import Config, TestFiles
 from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
 from gradsieve.data import Tokens, content_hash, read_examples
+from gradsieve.data.template import read_template
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.evaluate import TestSet
 from gradsieve.extraction import TokenSet
@@ -96,7 +96,7 @@ class Material:
             )
         source = find_model(config.model, trust_remote_code=config.trust_remote_code)
         device = resolve_device(config.device)
-        template = _template(config.chat_template)
+        template = read_template(config.chat_template)
         sets = [
             TestSet.of(
                 name, config.tests[name].role, part, source.tokenizer, max_length=config.max_length, chat_template=template
@@ -208,12 +208,3 @@ def _first_of_each(examples: Sequence[Example], count: int) -> list[Example]:
         raise InvalidArgument(f"the demo's anchor must have {len(by_category)} to {len(examples)} examples, got demo:{count}")
     turns = [one for row in zip_longest(*by_category.values()) for one in row if one is not None]
     return turns[:count]
-
-
-def _template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}") from None

@@ -39,6 +39,7 @@ from gradsieve.data import write_lines
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import KeptBase
 from gradsieve.models import tokenizer_hash
+from gradsieve.needs import reads_set
 from gradsieve.outputs import hardware, now, versions
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,7 @@ class Comparison:
         for arm in self.config.arms:
             needs = selector(arm).needs if arm.chooses else frozenset()
             for role in ("target", "anchor"):
-                reads = any(
-                    n == f"{role}s" or n.startswith((f"dot/{role}", f"dot/unit/{role}", f"dot/contrast/{role}")) for n in needs
-                )
-                if reads and not getattr(self.config, role):
+                if any(reads_set(need, role) for need in needs) and not getattr(self.config, role):
                     raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
 
     def run(self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None) -> list[Finished]:

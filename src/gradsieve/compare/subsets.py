@@ -23,10 +23,10 @@ from gradsieve.clock import Progress, silent
 from gradsieve.compare.config import Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
+from gradsieve.needs import reads_model
 from gradsieve.pipeline import Result, find_method, select
 from gradsieve.types import Budget, Problem, Selection, Selector
 
-WITHOUT_GRADIENTS = ("tokens", "completion_tokens", "meta/")
 _WRITE_EVERY_S = 5.0
 
 
@@ -89,9 +89,9 @@ class _Everything:
         return Selection(torch.arange(1), torch.ones(1, dtype=torch.float64), torch.full((n,), torch.nan, dtype=torch.float64))
 
 
-def reads_gradients(arm: Arm) -> bool:
-    """Says whether an arm's method needs a store."""
-    return arm.chooses and any(not need.startswith(WITHOUT_GRADIENTS) for need in selector(arm).needs)
+def reads_store(arm: Arm) -> bool:
+    """Says whether an arm's method reads what passes of the model give, which stores keep."""
+    return arm.chooses and any(reads_model(need) for need in selector(arm).needs)
 
 
 def _warmup(selector: Selector) -> Any:
@@ -118,7 +118,7 @@ def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: 
         found = _kept(study, arm, budget, other, inputs)
         if found is not None and (other == seed or not found.drew):
             return found
-    gradient_seconds = _gradients(study, material, arm, seed, progress) if reads_gradients(arm) else 0.0
+    gradient_seconds = _gradients(study, material, arm, seed, progress) if reads_store(arm) else 0.0
     drawn: list[bool] = []
     started = time.perf_counter()
     store = _store(study, material, arm, seed)
@@ -214,7 +214,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
     """Returns what all arms with the arm's warm-up read."""
     warmup = _warmup(selector(arm))
-    others = [other for other in material.config.arms if reads_gradients(other) and _warmup(selector(other)) == warmup]
+    others = [other for other in material.config.arms if reads_store(other) and _warmup(selector(other)) == warmup]
     return frozenset(need for other in others for need in selector(other).needs)
 
 

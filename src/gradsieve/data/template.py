@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -268,3 +269,17 @@ def _labelled(ids: NDArray[np.int32], offsets: NDArray[np.int32], spans: Spans, 
     if not completion.any():
         return 'no completion tokens: the "weight" of every assistant turn is 0' if not spans.spans else "no completion tokens"
     return f"no completion tokens after truncation: the prompt takes {completion.argmax()} tokens, max_length is {max_length}"
+
+
+def read_template(path: str | None) -> str | None:
+    """Returns the chat template in a Jinja file; None without a file.
+
+    Raises:
+        InvalidArgument: It cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"chat_template must be a readable Jinja file, got {path}: {error}; name another") from None
