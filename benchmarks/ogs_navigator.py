@@ -67,10 +67,10 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     source = find_model(arguments.model)
-    anchor = demo_set("anchor", None, 0)
+    anchor = demo_set("anchor")
     sets = {
-        "pool": demo_set("pool", arguments.pool, 0),
-        "target": demo_set("target", arguments.targets, 0),
+        "pool": demo_set("pool", f"demo:{arguments.pool}"),
+        "target": demo_set("target", f"demo:{arguments.targets}"),
         "anchor": anchor[:: max(1, len(anchor) // arguments.anchors)],
     }
     tokens = {role: TokenSet.of(role, part, source.tokenizer, max_length=256) for role, part in sets.items()}

@@ -98,8 +98,8 @@ def measure(settings: dict[str, Any], batch: int) -> dict[str, float]:
     """Returns what one way took, in this process."""
     source = find_model("demo")
     model = source.load(torch.float32, "cpu")
-    tokens = tokenize(demo_set("pool", None, 0)[: batch * STEPS], source.tokenizer).tokens
-    anchor = tokenize(demo_set("anchor", None, 0)[:60], source.tokenizer).tokens
+    tokens = tokenize(demo_set("pool")[: batch * STEPS], source.tokenizer).tokens
+    anchor = tokenize(demo_set("anchor")[:60], source.tokenizer).tokens
     with tempfile.TemporaryDirectory() as folder:
         run: Callable[[], float]
         if settings.get("trl"):

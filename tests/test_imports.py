@@ -63,7 +63,7 @@ ALLOWED = {
         "run",
         "selectors",
     },
-    "outputs": BASE | {"clock", "data", "report", "pipeline"},
+    "outputs": BASE | {"clock", "data", "demo", "report", "pipeline"},
     "estimate": BASE | {"job", "run", "clock", "extraction", "pipeline"},
     "export": BASE | {"data", "models"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},

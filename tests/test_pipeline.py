@@ -600,5 +600,5 @@ def test_replay_examples_join_the_pool_and_are_told(
         gs.select("less", replay=(str(replay),), budget="4", **run)
     with pytest.raises(InvalidArgument, match=r"replay must have ids of its own, got 'pool-0'"):
         gs.select("ogs", replay=(data["pool"],), budget="4", **run)
-    with pytest.raises(InvalidArgument, match="the demo has no replay"):
+    with pytest.raises(InvalidArgument, match="the demo has pool, target and anchor"):
         gs.select("ogs", replay=("demo",), budget="4", **run)

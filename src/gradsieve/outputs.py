@@ -28,6 +28,7 @@ from gradsieve import __version__
 from gradsieve.atomic import replacing
 from gradsieve.clock import Progress, silent
 from gradsieve.data import row_fields, write_jsonl, write_lines
+from gradsieve.demo import is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.pipeline import Result, method_class, select
 from gradsieve.report import Page, Source, Stage, write_report
@@ -285,7 +286,7 @@ def _from_anywhere(key: str, value: Any) -> Any:
 
 
 def _absolute(file: str) -> str:
-    return file if file.partition(":")[0] == "demo" else str(Path(file).absolute())
+    return file if is_demo(file) else str(Path(file).absolute())
 
 
 def versions() -> Mapping[str, str]:

@@ -14,6 +14,7 @@ import tyro
 import xxhash
 
 from gradsieve.data import read_examples
+from gradsieve.demo import demo_set, is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.outputs import page_of, score_column
 from gradsieve.report import Page, write_report
@@ -73,11 +74,8 @@ def _pool(run: Path, record: Mapping[str, Any]) -> Sequence[Example]:
     part = record["inputs"]["pool"]
     if not part["files"]:
         raise InvalidArgument(f"{run} must name the files of its pool, got examples from memory; its report cannot be rebuilt")
-    first, _, size = part["files"][0].partition(":")
-    if first == "demo":
-        from gradsieve.demo import demo_set
-
-        examples: Sequence[Example] = demo_set("pool", int(size) if size else None, record["job"]["seed"])
+    if is_demo(part["files"][0]):
+        examples: Sequence[Example] = demo_set("pool", part["files"][0], record["job"]["seed"])
     else:
         job = record["job"]
         examples = read_examples(part["files"], format=job["format"], category_field=job["category_field"]).examples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gradsieve.batch_size import best_size, describe, try_sizes
+from gradsieve.batch_size import best_size, try_sizes
+from gradsieve.batch_size import describe as describe_sizes
 from gradsieve.check import Compared
 from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress
@@ -22,7 +22,7 @@ from gradsieve.data.corrupt import Corruption, corrupt
 from gradsieve.data.dedup import check_dedup, find_duplicates
 from gradsieve.data.template import read_template
 from gradsieve.data.texts import bm25_scores, embeddings
-from gradsieve.demo import cache_dir
+from gradsieve.demo import cache_dir, demo_set, describe, is_demo
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import (
     ComputeSettings,
@@ -227,16 +227,10 @@ class Run:
         if not isinstance(data, str | Path) and any(isinstance(part, Example) for part in data):
             return _from_memory(role, data)
         files = file_names(data)
-        built_in = [re.fullmatch(r"demo(?::(\d+))?", file) for file in files]
-        if any(built_in):
-            if role == "replay":
-                raise InvalidArgument("--replay must name files, got demo; the demo has no replay examples")
+        if any(map(is_demo, files)):
             if len(files) > 1:
                 raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
-            from gradsieve.demo import demo_set, describe
-
-            size = built_in[0][1] if built_in[0] else None
-            examples = demo_set(role, int(size) if size else None, self.job.seed)
+            examples = demo_set(role, files[0], self.job.seed)
             self.formats[role] = describe(examples)
             return examples
         dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
@@ -442,7 +436,7 @@ class Run:
             GradientEngine(model, plain(compute.engine), checkpointing=compute.checkpointing) as engine,
         ):
             rates = try_sizes(engine, mine, compute.unit_tokens, compute.device)
-        self.notes.append(describe(rates))
+        self.notes.append(describe_sizes(rates))
         return best_size(rates)
 
     def _store_folder(self, fingerprint: str) -> Path:

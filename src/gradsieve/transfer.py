@@ -21,6 +21,7 @@ from torch import Tensor
 from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.data import Format, read_examples
+from gradsieve.demo import demo_set, is_demo
 from gradsieve.errors import InvalidArgument
 from gradsieve.models import DType
 from gradsieve.pipeline import select
@@ -185,10 +186,8 @@ def bootstrap(a: Tensor, b: Tensor, resamples: int, seed: int) -> tuple[float, f
 def _read(role: str, files: Sequence[str], settings: Transfer) -> list[Example]:
     if not files:
         raise InvalidArgument(f"--{role} must name examples, got none; pass a JSONL, or `--{role} demo`")
-    if tuple(files) == ("demo",):
-        from gradsieve.demo import demo_set
-
-        return demo_set(role, None, settings.seed)
+    if len(files) == 1 and is_demo(files[0]):
+        return demo_set(role, files[0], settings.seed)
     return list(read_examples(files, format=settings.format, category_field=settings.category_field).examples)
 
 

@@ -117,7 +117,7 @@ def test_most_of_the_demos_planted_near_duplicates_are_found():
     from gradsieve.data import row_fields
     from gradsieve.demo import demo_set
 
-    pool = demo_set("pool", 400, 0)
+    pool = demo_set("pool", "demo:400")
     kinds = [row_fields(e).get("planted") for e in pool]
     planted = kinds.count("near-duplicate")
     pairs = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", 0.5)]

@@ -14,7 +14,7 @@ import pytest
 from gradsieve.data import read_examples, write_jsonl
 from gradsieve.demo import pool as module
 from gradsieve.demo.faults import SHARES
-from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe
+from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe, is_demo
 from gradsieve.demo.terms import Term, read_terms
 from gradsieve.demo.wording import QUESTIONS
 from gradsieve.errors import InvalidArgument, MissingExtra
@@ -225,11 +225,11 @@ def test_sizes_out_of_range_are_refused(monkeypatch):
 
 def test_a_set_is_found_by_its_role(pool):
     assert demo_set("pool") == pool
-    assert demo_set("pool", 50, 3) == demo_pool(50, 3)
-    assert (demo_set("target"), demo_set("target", 5, 3)) == (demo_target(), demo_target(3, 5))
+    assert demo_set("pool", "demo:50", 3) == demo_pool(50, 3)
+    assert (demo_set("target"), demo_set("target", "demo:5", 3)) == (demo_target(), demo_target(3, 5))
     assert demo_set("anchor", seed=3) == demo_anchor(3)
     with pytest.raises(InvalidArgument, match="without a size, got demo:7"):
-        demo_set("anchor", 7)
+        demo_set("anchor", "demo:7")
 
 
 def test_written_and_read_again_the_examples_are_the_same(tmp_path, pool):
@@ -256,3 +256,17 @@ def test_general_tests_share_nothing_with_the_anchor():
         assert test == demo_general(ability, size=30)
     with pytest.raises(InvalidArgument, match=r"size of the demo's arithmetic test must lie in \[1, \d+\], got 500"):
         demo_general("arithmetic", size=500)
+
+
+def test_a_set_that_the_demo_has_not_is_refused() -> None:
+    assert [is_demo(name) for name in ("demo", "demo:40", "demo:x", "demo.jsonl", "my/demo")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(InvalidArgument, match="pool must be demo, demo:SIZE or files, got 'demo:many'"):
+        demo_set("pool", "demo:many")
+    with pytest.raises(InvalidArgument, match="--replay must name files, got demo"):
+        demo_set("replay")

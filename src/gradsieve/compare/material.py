@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,6 +14,7 @@ from gradsieve.compare.config import Config, TestFiles
 from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
 from gradsieve.data import Tokens, content_hash, read_examples
 from gradsieve.data.template import read_template
+from gradsieve.demo import demo_general, demo_set, demo_test, is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.evaluate import TestSet
 from gradsieve.extraction import TokenSet
@@ -171,7 +171,7 @@ def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]
 def _read(config: Config, files: Sequence[str], role: str) -> Sequence[Example]:
     if not files:
         return []
-    if any(file.partition(":")[0] == "demo" for file in files):
+    if any(map(is_demo, files)):
         if len(files) > 1:
             raise DataError(f"{config.source}: {role} must be one `demo` set or files, got {' '.join(files)}")
         return _demo(files[0], role)
@@ -180,8 +180,6 @@ def _read(config: Config, files: Sequence[str], role: str) -> Sequence[Example]:
 
 def _demo(name: str, role: str) -> Sequence[Example]:
     """Returns a built-in set: `demo` or `demo:SIZE` of a role, or one of the tests."""
-    from gradsieve.demo import demo_general, demo_set, demo_test
-
     tests: dict[str, Callable[[], Sequence[Example]]] = {
         "demo:medicine": demo_test,
         "demo:arithmetic": lambda: demo_general("arithmetic"),
@@ -191,12 +189,10 @@ def _demo(name: str, role: str) -> Sequence[Example]:
         if name not in tests:
             raise InvalidArgument(f"{role} must be one of {', '.join(tests)} or files, got {name!r}")
         return tests[name]()
-    size = re.fullmatch(r"demo(?::([0-9]+))?", name)
-    if size is None:
-        raise InvalidArgument(f"{role} must be demo, demo:SIZE or files, got {name!r}")
-    if role == "anchor" and size[1]:
-        return _first_of_each(demo_set("anchor"), int(size[1]))
-    return demo_set(role, int(size[1]) if size[1] else None)
+    size = name.removeprefix("demo:")
+    if role == "anchor" and size.isdecimal():
+        return _first_of_each(demo_set("anchor"), int(size))
+    return demo_set(role, name)
 
 
 def _first_of_each(examples: Sequence[Example], count: int) -> list[Example]:

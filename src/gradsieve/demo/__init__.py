@@ -4,7 +4,7 @@
 """
 
 from gradsieve.demo.model import cache_dir, demo_model_dir
-from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe
+from gradsieve.demo.pool import demo_anchor, demo_general, demo_pool, demo_set, demo_target, demo_test, describe, is_demo
 
 __all__ = [
     "cache_dir",
@@ -16,4 +16,5 @@ __all__ = [
     "demo_target",
     "demo_test",
     "describe",
+    "is_demo",
 ]

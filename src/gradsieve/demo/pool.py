@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -33,23 +34,34 @@ Knowledge = Literal["auto", "mmlu", "facts"]
 Ability = Literal["arithmetic", "knowledge"]
 
 
-def demo_set(role: str, size: int | None = None, seed: int = 0) -> list[Example]:
+def is_demo(name: str) -> bool:
+    """Says whether a name given in the place of a file means a built-in set: `demo`, `demo:SIZE`."""
+    return name.partition(":")[0] == "demo"
+
+
+def demo_set(role: str, name: str = "demo", seed: int = 0) -> list[Example]:
     """Returns the demo's data for a role, `pool`, `target` or `anchor`.
 
     Args:
         role: What it is for.
-        size: Number of examples; the set's own default where None. The anchor's size is fixed.
+        name: `demo`, or `demo:SIZE` for so many examples. The anchor's size is fixed.
         seed: See `demo_pool`.
 
     Raises:
-        InvalidArgument: The size cannot be had.
+        InvalidArgument: There is no such set, or the size cannot be had.
     """
+    match = re.fullmatch(r"demo(?::([0-9]+))?", name)
+    if match is None:
+        raise InvalidArgument(f"{role} must be demo, demo:SIZE or files, got {name!r}")
+    size = int(match[1]) if match[1] else None
     if role == "anchor":
         if size is not None:
-            raise InvalidArgument(f"the demo's anchor must be asked for without a size, got demo:{size}; write demo")
+            raise InvalidArgument(f"the demo's anchor must be asked for without a size, got {name}; write demo")
         return demo_anchor(seed)
     if role == "target":
         return demo_target(seed) if size is None else demo_target(seed, size)
+    if role != "pool":
+        raise InvalidArgument(f"--{role} must name files, got {name}; the demo has pool, target and anchor")
     return demo_pool(seed=seed) if size is None else demo_pool(size, seed)
 
 
