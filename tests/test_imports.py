@@ -30,6 +30,7 @@ ALLOWED = {
     "batch_size": BASE | {"data", "gradients", "extraction"},
     "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "extraction", "train"},
     "needs": BASE,
+    "terminal": BASE | {"report", "demo_run"},
     "job": BASE | {"data", "models", "extraction"},
     "run": BASE
     | {
@@ -91,6 +92,7 @@ ALLOWED = {
     | {
         "job",
         "needs",
+        "terminal",
         "demo",
         "data",
         "store",

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from gradsieve.terminal import Terminal, make_console, print_estimate, print_result
+
 USAGE = """gradsieve chooses the fine-tuning examples that teach a language model a domain without making it forget.
 
   gradsieve demo                      the main job on a built-in model and medical pool, on a CPU, in minutes
@@ -70,9 +72,9 @@ def _demo(arguments: list[str]) -> int:
     from gradsieve.demo_run import Demo
 
     demo = tyro.cli(Demo, prog="gradsieve demo", args=arguments, config=_tyro_config())
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         result = demo.go(terminal.progress)
-    _print_result(result, Path(demo.out), demo_table=True)
+    print_result(result, Path(demo.out), demo_table=True)
     return 0
 
 
@@ -85,10 +87,10 @@ def _select(arguments: list[str]) -> int:
     kind = method_class(name)
     parsed: Any = tyro.cli(_select_command(kind), prog=f"gradsieve select {name}", args=flags, config=_tyro_config())
     job, out = parsed.job, parsed.out
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
         result = select(name, settings=dataclasses.asdict(parsed.method), out=out, progress=terminal.progress, **fields)
-    _print_result(result, Path(out))
+    print_result(result, Path(out))
     return 0
 
 
@@ -102,9 +104,9 @@ def _estimate(arguments: list[str]) -> int:
     parsed: Any = tyro.cli(
         _select_command(method_class(name)), prog=f"gradsieve estimate {name}", args=flags, config=_tyro_config()
     )
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         found = estimate(name, parsed.job, dataclasses.asdict(parsed.method), progress=terminal.progress)
-    _print_estimate(found)
+    print_estimate(found)
     return 0
 
 
@@ -119,10 +121,10 @@ def _extract(arguments: list[str]) -> int:
     command = dataclasses.make_dataclass("Extract", fields, frozen=True)
     command.__doc__ = "Take gradients into a store, without choosing yet."
     parsed: Any = tyro.cli(command, prog="gradsieve extract", args=_with_config(arguments), config=_tyro_config())
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         done = extract(parsed.job, terminal.progress, parsed.check)
     for note in done.notes:
-        _console().print(f"note: {note}", style="yellow", markup=False, highlight=False)
+        make_console().print(f"note: {note}", style="yellow", markup=False, highlight=False)
     candidates = done.problem.candidates
     left_out = (
         f"; {len(done.excluded)} could not be used, the first, {done.excluded[0].id}: {done.excluded[0].reason}"
@@ -140,7 +142,7 @@ def _print_check(checked: Sequence[Any], count: int) -> int:
     table = Table("quantity", "largest error", "tolerance", "", "worst example", box=None, header_style="bold", pad_edge=False)
     for one in checked:
         table.add_row(one.name, f"{one.error:.2e}", f"{one.tolerance:.0e}", "ok" if one.passed else "TOO LARGE", one.worst)
-    _console().print(table, highlight=False)
+    make_console().print(table, highlight=False)
     wrong = [one.name for one in checked if not one.passed]
     if wrong:
         return _fail(f"errors of {count} examples must lie within tolerance, got larger ones in {', '.join(wrong)}")
@@ -160,7 +162,7 @@ def _methods(arguments: list[str]) -> int:
     for name, kind in SELECTORS.items():
         facts = (str(getattr(kind, column, "")) for column in ("reads", "picks_by", "cost", "source"))
         table.add_row(name, asks_for(kind()), *facts)
-    _console().print(table, highlight=False)
+    make_console().print(table, highlight=False)
     return 0
 
 
@@ -221,7 +223,7 @@ def _compare(arguments: list[str]) -> int:
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     compare = tyro.cli(command.Compare, prog="gradsieve compare", args=arguments, config=flags)
     comparison = compare.ready()
-    console = _console()
+    console = make_console()
     for note in comparison.material.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if compare.dry_run:
@@ -229,7 +231,7 @@ def _compare(arguments: list[str]) -> int:
         console.print(command.forecast_table(expected), highlight=False)
         console.print(command.forecast_line(expected), markup=False, highlight=False)
         return 0
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         compare.go(comparison, terminal.progress, terminal.say)
     console.print(command.folder_line(comparison.study), markup=False, highlight=False)
     return 0
@@ -242,7 +244,7 @@ def _replay(arguments: list[str]) -> int:
 
     command = tyro.cli(Replay, prog="gradsieve replay", args=arguments, config=_tyro_config())
     run, out = command.run, command.out or command.run.parent / "replay"
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         result = replay(run, out, terminal.progress)
     print(f"the same {len(result.examples)} examples in the same order; the second run is in {out}")
     return 0
@@ -254,7 +256,7 @@ def _transfer(arguments: list[str]) -> int:
     from gradsieve.transfer import Transfer, transfer
 
     settings = tyro.cli(Transfer, prog="gradsieve transfer", args=_with_config(arguments), config=_tyro_config())
-    with _terminal() as terminal:
+    with Terminal() as terminal:
         verdict = transfer(settings, terminal.progress)
     for note in verdict.notes:
         print(f"note: {note}")
@@ -363,124 +365,6 @@ def _store_folders(folder: Path) -> list[Path]:
         return [folder]
     inside = sorted(path.parent for path in folder.rglob("store.json"))
     return inside or [folder]
-
-
-# -- printing ---------------------------------------------------------------------------------------------------------
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
-
-
-class _terminal:
-    """Progress bars with the time left, on standard error; plain lines every ten seconds where that is no terminal."""
-
-    def __enter__(self) -> _terminal:
-        import logging
-
-        from rich.console import Console
-        from rich.logging import RichHandler
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        logging.basicConfig(
-            level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-        )
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._plain = not console.is_terminal
-        self._said: dict[str, tuple[float, float]] = {}
-        self._bars.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bars.__exit__(*error)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Shows how far a stage is."""
-        if self._plain:
-            self._say(stage, done, total)
-        elif stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, completed=done)
-        else:
-            self._bars.update(self._tasks[stage], completed=done, total=total)
-
-    def say(self, line: str) -> None:
-        """Prints a line above the bars."""
-        self._bars.console.print(line, markup=False, highlight=False)
-        for task in self._tasks.values():
-            self._bars.remove_task(task)
-        self._tasks.clear()
-        self._said.clear()
-
-    def _say(self, stage: str, done: int, total: int) -> None:
-        import time
-
-        now = time.monotonic()
-        start, last = self._said.setdefault(stage, (now, 0.0))
-        if done < total and now - last < 10:
-            return
-        self._said[stage] = start, now
-        left = f", {(now - start) / done * (total - done):.0f} s left" if 0 < done < total and now > start else ""
-        print(f"{stage}: {done}/{total} tokens{left}", file=sys.stderr, flush=True)
-
-
-def _print_estimate(found: Any) -> None:
-    from rich.table import Table
-
-    from gradsieve.report.wording import duration, size
-
-    console = _console()
-    for role, (examples, tokens) in found.sets.items():
-        console.print(f"{role}: {examples} usable examples, {tokens} tokens", markup=False, highlight=False)
-    for note in found.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    table = Table("stage", "about", "measured on a part", box=None, header_style="bold", pad_edge=False)
-    for stage in found.stages:
-        table.add_row(stage.stage, duration(stage.seconds), duration(stage.measured))
-    console.print(table, highlight=False)
-    total = f"about {duration(found.seconds)} until the choice, {size(found.bytes)} on disk, {size(found.memory)} of memory"
-    console.print(f"{total} (measured on {found.share:.0%} of the tokens)", markup=False, highlight=False)
-
-
-def _print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
-    console = _console()
-    selection = result.selection
-    for role, shape in result.formats.items():
-        examples = f"{len(result.sets[role].examples)} examples, " if role in result.sets else ""
-        console.print(f"{role}: {examples}read as {shape}", markup=False, highlight=False)
-    for note in (*result.notes, *selection.notes):
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    if demo_table:
-        from gradsieve.demo_run import kinds_table
-
-        console.print(kinds_table(result))
-    from rich.table import Table
-
-    stages = Table("stage", "seconds", "processor seconds", box=None, header_style="bold", pad_edge=False)
-    for cost in result.clock.costs:
-        stages.add_row(cost.stage, f"{cost.wall_seconds:.1f}", f"{cost.cpu_seconds:.1f}")
-    console.print(stages, highlight=False)
-    n = len(result.pool.ids)
-    left_out = f", {len(result.excluded)} could not be used" if result.excluded else ""
-    console.print(f"{result.method[0]} chose {len(selection.rows)} of {n} examples{left_out}.", markup=False, highlight=False)
-    tokens = result.pool.columns["tokens"]
-    if len(selection.rows):
-        mean = float(tokens[selection.rows].mean())
-        console.print(f"Tokens an example: {tokens.mean():.0f} in the pool, {mean:.0f} among the chosen.", highlight=False)
-    console.print(f"Train on {out / 'selected.jsonl'}; look at {out / 'report.html'}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":
