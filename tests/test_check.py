@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 import gradsieve as gs
 from gradsieve import cli, store
-from gradsieve.check import TOLERANCES, Compared
+from gradsieve.check import TOLERANCES, Compared, errors_of
+from gradsieve.gradients.loop import Truth
+from gradsieve.models import find_model
 from gradsieve.pipeline import extract
 
 Write = Callable[..., Path]
@@ -80,6 +83,29 @@ def test_an_error_of_each_kind_is_seen(job: gs.Job, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(StoredGradients, "rows", shifted)
     assert {one.name for one in extract(job, check=3).checked if not one.passed} == {"sketch"}
     assert len(kept.problem.candidates.ids) == 24
+
+
+def test_a_gradient_of_zero_has_no_error(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
+    source = find_model(tiny_model)
+    model: Any = source.load(torch.float32, "cpu")
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # no layer below it can change the loss
+    model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    pool = (str(write_data("pool", 6)),)
+    done = extract(gs.Job(model=str(tmp_path / "model"), pool=pool, store=str(tmp_path / "store"), **SMALL), check=3)
+    found = {one.name: one for one in done.checked}
+    assert done.problem.candidates.columns["norm"].tolist() == [0] * 6
+    assert found["sketch"].error == found["norm"].error == 0
+    assert all(one.passed for one in done.checked)
+
+
+def test_what_is_no_number_on_one_side_or_both_fails() -> None:
+    true = Truth({"norm": 2.0, "loss": 1.0, "max/w": 3.0}, {"norm": 2.0, "loss": 1.0, "max/w": 0.0}, torch.tensor([2.0, 0.0]))
+    errors = errors_of(true, torch.tensor([2.0, 1.0]), {"norm": 2.5, "loss": math.nan, "max/w": 3.5, "other": 9.0})
+    assert errors == {"sketch": 0.5, "norm": 0.25, "loss": math.inf, "max/w": 0.5}
+    assert errors_of(true, torch.tensor([math.nan, 0.0]), {}) == {"sketch": math.inf}
+    assert not Compared("loss", errors["loss"], 0.1, "a").passed
 
 
 def test_a_wide_sketch_of_references_has_a_tolerance_of_its_own(job: gs.Job) -> None:

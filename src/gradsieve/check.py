@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gradsieve.clock import Progress, silent
 from gradsieve.errors import InvalidArgument
 from gradsieve.extraction import ComputeSettings, Source, TokenSet, measure_references
-from gradsieve.gradients.loop import Loop
+from gradsieve.gradients.loop import Loop, Truth
 from gradsieve.models import ModelSource
 from gradsieve.types import Gradients
 
@@ -32,7 +34,8 @@ class Compared:
     Attributes:
         name: `sketch`, or the column's name.
         error: The largest error: of a norm or loss relative to it, of products and sketches to ‖g‖ (so that of a product is the
-            error of a cosine), of extremes to the largest entry, of mean and sd to the root mean square.
+            error of a cosine), of extremes to the largest entry, of mean and sd to the root mean square; absolute where
+            that is zero, infinite where one side is no number.
         tolerance: What it may be.
         worst: Id of the example with the largest error.
     """
@@ -91,14 +94,20 @@ def check(
         id = stored.ids[row]
         tokens = pool.tokens[place[id]]
         truth = loop.example(tokens.input_ids.tolist(), tokens.labels.tolist())
-        errors = {"sketch": float((sketches[i].double() - truth.sketch).norm()) / truth.columns["norm"]}
-        for name in truth.columns.keys() & columns.keys():
-            errors[name] = abs(float(columns[name][row]) - truth.columns[name]) / (truth.scales[name] or 1.0)
-        for name, error in errors.items():
+        stored_row = {name: float(column[row]) for name, column in columns.items()}
+        for name, error in errors_of(truth, sketches[i], stored_row).items():
             worst[name] = max(worst.get(name, (-1.0, id)), (error, id))
         progress("check", i + 1, count)
     found = [Compared(name, error, _tolerance(name, compute), id) for name, (error, id) in worst.items()]
     return sorted(found, key=lambda one: ("/" in one.name, one.name.partition("/")[2], one.name))
+
+
+def errors_of(truth: Truth, sketch: Tensor, columns: Mapping[str, float]) -> dict[str, float]:
+    """Returns the errors of one example's sketch and of the columns that both sides have, see `Compared.error`."""
+    errors = {"sketch": float((sketch.double() - truth.sketch).norm()) / (truth.columns["norm"] or 1.0)}
+    for name in truth.columns.keys() & columns.keys():
+        errors[name] = abs(columns[name] - truth.columns[name]) / (truth.scales[name] or 1.0)
+    return {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
 
 
 def _tolerance(name: str, compute: ComputeSettings) -> float:
