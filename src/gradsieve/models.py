@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import warnings
@@ -17,10 +16,9 @@ import xxhash
 
 from gradsieve.errors import InvalidArgument, ModelError
 
-log = logging.getLogger(__name__)
-
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_MOMENTS = "moments.safetensors"  # what `gradsieve.gradients.adam` writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +110,10 @@ class ModelSource:
 
 
 def hash_weights(folder: Path) -> str:
-    """Returns a hash of the safetensors files in a folder, 32 hex digits."""
+    """Returns a hash of the weights in a folder, 32 hex digits."""
     hasher = xxhash.xxh3_128()
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name != "moments.safetensors":
-            _hash_file(hasher, file)
+    for file in _weight_files(folder):
+        _hash_file(hasher, file)
     return str(hasher.hexdigest())
 
 
@@ -129,7 +126,7 @@ def weight_count(model: str | Path | torch.nn.Module) -> int:
     folder = _folder(str(model))
     folders = [folder, base] if (base := _adapter_base(folder)) else [folder]
     total = 0
-    for file in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+    for file in (file for folder in folders for file in _weight_files(folder)):
         with safe_open(file, framework="pt") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
@@ -251,7 +248,7 @@ def _adapter_base(folder: Path) -> Path | None:
 
 def _hash_files(folder: Path, name: str) -> str:
     base = _adapter_base(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         other = [file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         got = f"only {', '.join(other[:3])}, which can run code when loaded" if other else "a folder without weights"
@@ -263,6 +260,11 @@ def _hash_files(folder: Path, name: str) -> str:
     for file in [*configs, *files]:
         _hash_file(hasher, file)
     return hasher.hexdigest() + (_hash_files(base, str(base)) if base is not None else "")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder, without Adam's moments, which may stand beside them."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.name != _MOMENTS]
 
 
 def _hash_file(hasher: Any, file: Path) -> None:
