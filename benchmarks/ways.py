@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradsieve.extraction import BATCH_TOKENS
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.parameters import choose_parameters
@@ -18,7 +19,6 @@ from gradsieve.gradients.settings import Batch, EngineSettings
 from measuring import Run
 
 EVERYTHING = "linear,embedding,lm-head"
-BATCH_TOKENS = 1024
 
 
 # -- model and data ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from gradsieve.types import Example, Reference
 log = logging.getLogger(__name__)
 Form = Literal["exact", "wide sketch"]
 ENGINE_VERSION = 2  # raised whenever the numbers of a row change
-REFERENCE_MEMORY = 8192
+REFERENCE_MEMORY = 8192  # MiB
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,7 @@ class ComputeSettings:
     dtype: torch.dtype
     device: str
     max_length: int
-    batch_tokens: int = 1024
+    batch_tokens: int = BATCH_TOKENS
     unit_tokens: int = 8192
     checkpointing: bool = False
     reference_memory: int = REFERENCE_MEMORY
@@ -235,7 +236,7 @@ def form_note(model: ModelSource, compute: ComputeSettings, count: int) -> str:
     )
 
 
-def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source], form: Form = "exact") -> Manifest:
+def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source]) -> Manifest:
     """Returns what a store's rows depend on beside the examples."""
     engine = compute.engine
     shared = {
