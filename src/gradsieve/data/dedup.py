@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from gradsieve.data.texts import text_of
 from gradsieve.errors import InvalidArgument, MissingExtra
 from gradsieve.types import Example
 
@@ -137,7 +138,7 @@ def _near(examples: Sequence[Example], stays: Sequence[int], threshold: float) -
     kept: dict[int, npt.NDArray[np.uint64]] = {}
     found = []
     for i in stays:
-        own = shingles("\n".join(str(turn.get("content") or "") for turn in examples[i].messages))
+        own = shingles(text_of(examples[i]))
         signature = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
         signature.update_batch((own & np.uint64(0xFFFFFFFF)).tolist())
         likeness = {int(j): _jaccard(own, kept[int(j)]) for j in index.query(signature)}
