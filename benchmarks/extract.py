@@ -12,8 +12,8 @@ every method needs that wants each layer's input and output gradient. A plain tr
 
 All rows are run in turn in one process, `--repeats` times, and each is divided by FLOOR (and by the plain step) *of the same
 turn*; the table shows medians, so that a slow moment of the machine falls on all rows alike. Times are CPU times of all threads
-(wall times on a GPU). Memory is the allocator's peak above what was held before. Errors are the largest relative ones of all
-exact columns, against one float64 `backward()` per example for two examples, and of their sketches against a float64 run.
+(wall times on a GPU). Memory is the allocator's peak above what was held before. Errors are the largest of all columns and of
+the sketches, against one float64 `backward()` for each of two examples, on the scales of `gradsieve extract --check`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def rows_for(
     names = [name for name in WAYS if wanted.search(name)]
     one, four = draw_references(model) if {ONE, FOUR, BOTH} & set(names) else (None, None)
     references = {ONE: one, FOUR: four, BOTH: four}
-    truth = Truth(model, EVERYTHING) if check and names else None
+    truth = Truth(model) if check and names else None
     rows = [
         Row("FLOOR: forward, activation-only backward", all_batches(lambda batch: floor(model, batch), batches)),
         Row("plain training step", trainable(all_batches(lambda batch: plain_step(model, batch), batches), model)),
@@ -103,7 +103,7 @@ def lora_rows(model: Any, batches: Sequence[Batch], check: bool) -> list[Row]:
     """A LoRA training step, and its per-example gradients."""
     adapted = lora_of(model)
     step = all_batches(lambda batch: plain_step(adapted, batch), batches)
-    truth = Truth(adapted.get_base_model(), "lora") if check else None
+    truth = Truth(adapted) if check else None
     return [
         Row(LORA_STEP, trainable(step, adapted, adapters=True)),
         engine_row(LORA, adapted, batches, EngineSettings("lora", signals=False), None, truth),
@@ -142,7 +142,7 @@ def engine_row(
 ) -> Row:
     """One row of ours."""
     engine = GradientEngine(model, settings, references)
-    check = (lambda: largest_error(engine, settings, references, truth)) if truth else None
+    check = (lambda: largest_error(engine, references, truth)) if truth else None
     return Row(name, all_batches(engine.block, batches), lambda: engine, check)
 
 
