@@ -204,6 +204,23 @@ def test_a_kept_base_gives_the_same_kl_without_its_model(
     assert found["math"]["kl"].min() > 0.01
 
 
+def test_a_base_kept_of_a_model_whose_head_is_trained_whole_has_the_old_head(
+    tiny: Any, with_peft: Any, facts: Any, tokenizer: Any
+) -> None:
+    from peft import LoraConfig
+
+    sets = [TestSet.of("facts", "target", facts, tokenizer)]
+    base = tiny().double()
+    config = LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = with_peft(copy.deepcopy(base), config)
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.mul_(2)
+    expected = measure(model, sets, tokenizer=tokenizer, base=base, metrics=["kl"])["facts"]["kl"]
+    found = measure(model, sets, tokenizer=tokenizer, base=keep_base(model, sets), metrics=["kl"])["facts"]["kl"]
+    assert expected.min() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a_kept_base_knows_its_own_sets_only(tiny: Any, questions: Any, facts: Any, tokenizer: Any) -> None:
     math, other = (TestSet.of(name, "target", rows, tokenizer) for name, rows in (("math", questions), ("facts", facts)))
     kept = keep_base(tiny(), [math])

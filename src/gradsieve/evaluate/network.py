@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,10 +86,6 @@ class Head:
         raw: Tensor = self.module(states)
         return shape_logits(raw.to(torch.promote_types(raw.dtype, torch.float32)), self.factor, self.cap)
 
-    def copy(self) -> Head:
-        """Returns a copy that later training does not reach, without adapters."""
-        return replace(self, module=copy.deepcopy(getattr(self.module, "base_layer", self.module)))
-
 
 class Network:
     """A model taken apart: hidden states, and the log-probabilities that its head makes of them."""
@@ -116,6 +112,11 @@ class Network:
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Returns log p [N, V] of the next token."""
         return torch.log_softmax(self._logits(states), 1)
+
+    def copy_of_head(self) -> Head:
+        """Returns a copy that later training does not reach; adapters that are off now stay off in it."""
+        with self._around():
+            return copy.deepcopy(self.head)
 
     def _hidden(self, ids: Tensor) -> Tensor:
         with self._around():
@@ -201,7 +202,7 @@ def keep_base(
         for batch in each_batch(rows, batch_tokens, "keep base", progress):
             parts = network.states(batch).split([last - first for first, last in batch.supervised.spans])
             kept |= {_key(row): part.cpu().clone() for row, part in zip(batch.rows, parts, strict=True)}
-    return KeptBase(network.vocabulary, network.head.copy(), kept)
+    return KeptBase(network.vocabulary, network.copy_of_head(), kept)
 
 
 def _key(row: Tokens) -> bytes:
