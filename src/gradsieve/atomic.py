@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from gradsieve.errors import DataError
 
@@ -34,6 +35,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(content)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes values as JSON that is there whole or not at all.
+
+    Raises:
+        DataError: The file cannot be written; the message has the cause and the cure.
+    """
+    write_atomically(path, json.dumps(values, indent=1).encode())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 import xxhash
 
 from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.foreign import known_renames
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -54,8 +54,7 @@ class ModelSource:
             raise ModelError(
                 f"{self.adapters} must hold the adapters of a warm-up, got none; remove the folder above it, run again"
             )
-        with warnings.catch_warnings():  # transformers renames what peft still calls by its old name
-            warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        with known_renames():
             adapted = PeftModel.from_pretrained(model, str(self.adapters), autocast_adapter_dtype=False).to(dtype).eval()
         try:
             yield adapted

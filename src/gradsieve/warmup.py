@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from gradsieve.atomic import write_atomically
+from gradsieve.atomic import write_json
 from gradsieve.clock import Clock, Progress
 from gradsieve.data import Tokens
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
@@ -213,7 +213,7 @@ def warm_up(
                 trained.restore()
         done = Done(len(tokens), pool, trained.steps, trained.seconds, trained.cpu_seconds, tuple(checkpoints))
         written.append(sum(file.stat().st_size for file in (folder / TRAINING).rglob("*") if file.is_file()))
-    write_atomically(folder / DONE, json.dumps(asdict(done), indent=1).encode())
+    write_json(folder / DONE, asdict(done))
     return done
 
 

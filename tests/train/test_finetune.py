@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gradsieve.data import IGNORE, Tokens
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra, ModelError
 from gradsieve.train import Recipe, finetune
+from gradsieve.train.lending import _checkpoints_activations
 
 from .conftest import examples, gpt2, llama
 from .test_loss import loss_naive
@@ -156,7 +158,8 @@ def state_of(model: Any) -> dict[str, Any]:
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "modules": [(name, type(module)) for name, module in model.named_modules()],
         "requires": [p.requires_grad for p in model.parameters()],
-        "training": model.training,
+        "training": [module.training for module in model.modules()],
+        "checkpointing": _checkpoints_activations(model),
         "config": model.config.to_dict(),
         "generation": model.generation_config.to_dict(),
         "attributes": sorted(name for name in vars(model) if name != "_is_hf_initialized"),
@@ -180,6 +183,7 @@ def test_adapters_learn_and_come_off_without_a_trace(
 ) -> None:
     model, tokens = make_model().train(not extra), examples(6)
     model.lm_head.weight.requires_grad_(False)
+    next(model.base_model.children()).train(bool(extra))  # a part in another mode than the rest
     before = state_of(model)
     recipe = dataclasses.replace(PLAIN, epochs=8, rank=4, **extra)
     first = finetune(model, tokens, recipe, tmp_path / "first")
@@ -214,6 +218,33 @@ def test_an_error_in_the_middle_takes_the_adapters_off(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         finetune(model, tokens, PLAIN, tmp_path, progress=interrupt)
+    assert_untouched(model, before)
+
+
+def test_an_error_after_the_last_step_or_while_loading_takes_the_adapters_off(tmp_path: Path) -> None:
+    model, tokens = llama(), examples(4)
+    before = state_of(model)
+    finetune(model, tokens, PLAIN, tmp_path).restore()
+    weights = tmp_path / "model" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SafetensorError):
+        finetune(model, tokens, PLAIN, tmp_path)
+    assert_untouched(model, before)
+
+    def block(stage: str, done: int, total: int) -> None:
+        (tmp_path / "full" / "trained.json").mkdir(exist_ok=True)  # so that it cannot be written
+
+    with pytest.raises(DataError, match=r"trained\.json: cannot be written"):
+        finetune(model, tokens, PLAIN, tmp_path / "full", progress=block)
+    assert_untouched(model, before)
+
+
+def test_a_model_that_recomputes_activations_still_does_afterwards(tmp_path: Path) -> None:
+    model = llama()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    before = state_of(model)
+    finetune(model, examples(4), PLAIN, tmp_path).restore()
+    assert before["checkpointing"]
     assert_untouched(model, before)
 
 
@@ -374,7 +405,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     model = llama()
     finetune(model, examples(4), PLAIN, tmp_path).restore()
     with pytest.raises(InvalidArgument, match="where rank 16 there, 8 here; name another folder"):
-        finetune(model, examples(4), dataclasses.replace(PLAIN, rank=8), tmp_path)
+        finetune(model, examples(4), dataclasses.replace(PLAIN, rank=8, micro_batch=3, save_steps=1), tmp_path)
     with pytest.raises(InvalidArgument, match="where model, examples or weights differ"):
         finetune(model, examples(5), PLAIN, tmp_path)
     with pytest.raises(InvalidArgument, match="where model, examples or weights differ"):
@@ -394,7 +425,7 @@ def test_arguments_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> Non
     refused("tokens must hold at least one example", tokens=[])
     refused("weights must be one per example", weights=[1.0])
     refused("weights must be finite, at least 0 and not all 0", weights=[0.0, 0.0])
-    refused("weights must be finite, at least 0 and not all 0", weights=[1.0, -1.0])
+    refused("weights must be finite, at least 0 and not all 0, got -1 to 1", weights=[1.0, -1.0])
     refused("anchor must hold examples with surgery agem", recipe=dataclasses.replace(PLAIN, surgery="agem"))
     refused("anchor must be empty with surgery none", anchor=some)
     refused("replay must hold examples with replay_share 0.5", recipe=dataclasses.replace(PLAIN, replay_share=0.5))
@@ -426,6 +457,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 def test_a_missing_package_names_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'gradsieve\[train\]'"):
-        finetune(llama(), examples(4), PLAIN, tmp_path)
+    find, model = importlib.util.find_spec, llama()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    with pytest.raises(MissingExtra, match=r"needs the package trl, .*pip install 'gradsieve\[train\]'"):
+        finetune(model, examples(4), PLAIN, tmp_path)

@@ -139,6 +139,18 @@ def test_the_model_is_given_back_as_it_was(tiny_model):
     assert protocol is navigator
 
 
+def test_a_warm_up_that_fails_takes_the_adapters_off(tiny_model):
+    model, pool = load(tiny_model), rows(4)
+    names = [name for name, _ in model.named_modules()]
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="loss must be finite"):
+        LoRANavigator(model, pool, measure_of(pool), NavigatorSettings(warmup=1))
+    assert [name for name, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_what_cannot_be_trained_is_refused(tiny_model):
     pool = rows(3)
     with LoRANavigator(load(tiny_model), pool, measure_of(pool)) as navigator:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
 from gradsieve.evaluate.network import evaluating
+from gradsieve.foreign import own_randomness
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +78,7 @@ def harness(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating(model), _own_random_state():
+    with evaluating(model), own_randomness():
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -99,18 +97,6 @@ def harness(
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"{', '.join(tasks)}: the data must be local or within reach, got: {reason}") from error
     return {name: _result(found, name) for name in found["results"]}
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Gives the process its random state back, which lm-eval seeds and draws from."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,8 +98,15 @@ def _scaled(weights: Sequence[float] | None, count: int) -> list[float]:
     if w.shape != (count,):
         raise InvalidArgument(f"weights must be one per example ({count}), got {list(w.shape)}")
     if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
-        raise InvalidArgument("weights must be finite, at least 0 and not all 0")
+        got = f"{w.min():g} to {w.max():g}"
+        raise InvalidArgument(f"weights must be finite, at least 0 and not all 0, got {got}")
     return [float(x) for x in w / w.mean()]
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """Returns the settings that decide what comes out: not those of memory, place and record alone."""
+    incidental = {"report_to", "device", "micro_batch", "save_steps"}
+    return {name: value for name, value in recipe.to_mapping().items() if name not in incidental}
 
 
 def fingerprint(
@@ -110,8 +118,7 @@ def fingerprint(
     replay: Sequence[Tokens],
 ) -> str:
     """Returns a hash of all that decides the outcome."""
-    settings = {k: v for k, v in recipe.to_mapping().items() if k not in ("report_to", "device", "micro_batch", "save_steps")}
-    hasher = xxhash.xxh3_128(json.dumps([settings, list(weights)]).encode())
+    hasher = xxhash.xxh3_128(json.dumps([deciding(recipe), list(weights)]).encode())
     for examples in (tokens, anchor, replay):
         hasher.update(f"{len(examples)}\n".encode())
         for example in examples:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gradsieve.atomic import write_json
 from gradsieve.clock import Progress, silent
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
-from gradsieve.train.checks import check, fingerprint, require_packages
-from gradsieve.train.lending import Before, known_renames, own_randomness
+from gradsieve.foreign import known_renames, own_randomness
+from gradsieve.train.checks import check, deciding, fingerprint, require_packages
+from gradsieve.train.lending import Before
 from gradsieve.train.plan import Step, epoch_ends, make_plan
 from gradsieve.train.recipe import Recipe
 
@@ -137,28 +139,22 @@ def finetune(
         )
     _claim(out, recipe, fingerprint(model, recipe, tokens, scaled, anchor, replay))
     before = Before.of(model)
-    if (out / FINISHED).exists():
-        return _load(model, recipe, out, before)
     try:
         with own_randomness(), known_renames():
-            trainer = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress)
+            if (out / FINISHED).exists():
+                live, facts = _load(model, recipe, out)
+            else:
+                live, facts = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress)
+        return _trained(live, recipe, out, facts, before)
     except BaseException:
         before.restore()
         raise
-    live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    facts = _facts(trainer, plan, out)
-    if trainer.is_world_process_zero():
-        from gradsieve.train.trainer import write_json
-
-        write_json(out / FINISHED, facts)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
-    return _trained(live, recipe, out, facts, before)
 
 
 def _train(
     model: nn.Module, data: Dataset, plan: Sequence[Step], recipe: Recipe, out: Path, progress: Progress
-) -> PlannedTrainer:
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the trained model and the numbers of the run, which its folder then has too."""
     from gradsieve.train.trainer import PlannedTrainer, Spent, last_checkpoint
 
     before = last_checkpoint(out / CHECKPOINTS)
@@ -166,20 +162,24 @@ def _train(
     trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent)
     trainer.train(resume_from_checkpoint=str(before[0]) if before else None)
     trainer.save_model(str(out / MODEL))
-    return trainer
+    live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    facts = _facts(trainer, plan)
+    if trainer.is_world_process_zero():
+        write_json(out / FINISHED, facts)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return live, facts
 
 
 def _claim(out: Path, recipe: Recipe, outcome: str) -> None:
     """Writes what the folder is for, or refuses one that is for something else."""
-    from gradsieve.train.trainer import write_json
-
     out.mkdir(parents=True, exist_ok=True)
     if (out / STARTED).exists():
         found = json.loads((out / STARTED).read_text())
         if found["fingerprint"] == outcome:
             return
-        ours = recipe.to_mapping()
-        differing = [f"{k} {v} there, {ours.get(k)} here" for k, v in found["recipe"].items() if ours.get(k) != v]
+        theirs = found["recipe"]
+        differing = [f"{k} {theirs.get(k)} there, {v} here" for k, v in deciding(recipe).items() if theirs.get(k) != v]
         raise InvalidArgument(
             f"out must be a new folder or one of the same training, got {out}, where "
             f"{'; '.join(differing) or 'model, examples or weights differ'}; name another folder or remove it"
@@ -204,7 +204,7 @@ def _dataset(tokens: Sequence[Tokens], weights: Sequence[float], replay: Sequenc
 # -- after ----------------------------------------------------------------------------------------------------------------
 
 
-def _facts(trainer: PlannedTrainer, plan: Sequence[Step], out: Path) -> dict[str, Any]:
+def _facts(trainer: PlannedTrainer, plan: Sequence[Step]) -> dict[str, Any]:
     """Returns the numbers of a finished run, as JSON."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     rates = [entry["learning_rate"] for entry in history]
@@ -225,21 +225,19 @@ def _facts(trainer: PlannedTrainer, plan: Sequence[Step], out: Path) -> dict[str
     }
 
 
-def _load(model: Any, recipe: Recipe, out: Path, before: Before) -> Trained:
-    """Returns a finished run with its weights read from its folder."""
+def _load(model: Any, recipe: Recipe, out: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the model of a finished run, its weights read from the folder, and the run's numbers."""
     facts = json.loads((out / FINISHED).read_text())
     if recipe.tuning == "lora":
         from peft import PeftModel
 
-        with own_randomness(), known_renames():
-            live: Any = PeftModel.from_pretrained(model, str(out / MODEL))
-    else:
-        live = model
-        live.load_state_dict(type(model).from_pretrained(out / MODEL, dtype=model.dtype).state_dict())
-    return _trained(live, recipe, out, facts, before)
+        return PeftModel.from_pretrained(model, str(out / MODEL)), facts
+    model.load_state_dict(type(model).from_pretrained(out / MODEL, dtype=model.dtype).state_dict())
+    return model, facts
 
 
 def _trained(live: Any, recipe: Recipe, out: Path, facts: dict[str, Any], before: Before) -> Trained:
+    """Returns the run as its caller gets it; checkpoints that nobody reads are removed."""
     before.strip()
     live.zero_grad()
     live.eval()

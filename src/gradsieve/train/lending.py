@@ -1,38 +1,13 @@
-"""A model and the process's random states are lent to a run: how both are given back as they were."""
+"""A model is lent to a run: how it is given back as it was."""
 
 from __future__ import annotations
 
 import copy
-import random
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
-
-
-@contextmanager
-def known_renames() -> Iterator[None]:
-    """Hides transformers' warnings that trl and peft still call activation checkpointing by its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
-        yield
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Gives the caller's global random states back afterwards: trainers seed them."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +15,8 @@ class Before:
     """A model as it was handed in, so that it can be put back, but for the weights of full tuning."""
 
     model: Any
-    trains: bool
+    modes: Sequence[tuple[nn.Module, bool]]
+    checkpoints: bool
     requires: Mapping[str, bool]
     configs: Sequence[tuple[Any, Mapping[str, Any]]]
     attributes: Mapping[str, Any]
@@ -51,7 +27,8 @@ class Before:
         """Returns what to put back."""
         return cls(
             model,
-            model.training,
+            [(module, module.training) for module in model.modules()],
+            _checkpoints_activations(model),
             {name: parameter.requires_grad for name, parameter in model.named_parameters()},
             [(part, copy.deepcopy(vars(part))) for part in (model.config, model.generation_config) if part is not None],
             dict(vars(model)),
@@ -60,7 +37,7 @@ class Before:
 
     def strip(self) -> None:
         """Takes off what the trainer puts on a model beside adapters: its own forward, tags, checkpointing, hooks."""
-        if _checkpoints_activations(self.model):
+        if _checkpoints_activations(self.model) and not self.checkpoints:
             getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
         for module, known in self.hooks.items():
             for number in set(module._forward_hooks) - known:
@@ -79,7 +56,8 @@ class Before:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.requires[name])
             parameter.grad = None
-        self.model.train(self.trains)
+        for module, training in self.modes:
+            module.training = training
         return self.model  # type: ignore[no-any-return]
 
 

@@ -6,7 +6,6 @@ dozen steps and its start is restored a few times, without loading anything agai
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 from gradsieve.data import IGNORE, Tokens
 from gradsieve.data.batches import batches, pad
 from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.foreign import known_renames, own_randomness
+from gradsieve.train.adapters import lora_config
+from gradsieve.train.lending import Before
 from gradsieve.train.loss import example_losses
 from gradsieve.types import Cost
 
@@ -87,16 +89,19 @@ class LoRANavigator:
         self._candidates, self._measure = candidates, measure
         if hasattr(model, "peft_config"):
             raise ModelError("the Navigator must be a model without adapters, got one that has some; merge them first")
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._live: Any = _with_adapters(model, self.settings)
-        self._live.eval()  # nothing is dropped out: a step is a function of the rows
-        self._trained = [parameter for parameter in self._live.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
-        )
-        self._start = [parameter.detach().clone() for parameter in self._trained]
-        self._warm_up()
+        self._before = Before.of(model)
+        try:
+            self._live: Any = _with_adapters(model, self.settings)
+            self._live.eval()  # nothing is dropped out: a step is a function of the rows
+            self._trained = [parameter for parameter in self._live.parameters() if parameter.requires_grad]
+            self._optimizer = torch.optim.AdamW(
+                self._trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            )
+            self._start = [parameter.detach().clone() for parameter in self._trained]
+            self._warm_up()
+        except BaseException:  # nobody gets a Navigator to close
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -106,11 +111,7 @@ class LoRANavigator:
 
     def close(self) -> None:
         """Takes the adapters off and gives the model back as it was."""
-        self._live.unload()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, training in self._modes:
-            module.training = training
+        self._before.restore()
 
     def reset(self) -> None:
         """Puts adapters and optimizer back to the start of an episode."""
@@ -168,17 +169,8 @@ class LoRANavigator:
 
 def _with_adapters(model: nn.Module, settings: NavigatorSettings) -> Any:
     """Returns the model with LoRA adapters, whose start depends on the seed alone."""
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from peft import get_peft_model
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)  # peft's own
+    with own_randomness(), known_renames():
         torch.manual_seed(settings.seed)
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(model, settings.rank, settings.alpha))

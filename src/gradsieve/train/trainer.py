@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from gradsieve.atomic import write_atomically
+from gradsieve.atomic import write_json
 from gradsieve.clock import Progress
 from gradsieve.errors import InvalidArgument, ModelError
+from gradsieve.train.adapters import lora_config
 from gradsieve.train.loss import example_losses
 from gradsieve.train.plan import Step, epoch_ends, micro_batches
 from gradsieve.train.recipe import Recipe
@@ -79,7 +80,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             train_dataset=data,
             processing_class=_no_tokenizer(),
             data_collator=_no_collator,
-            peft_config=_adapter(recipe, model) if recipe.tuning == "lora" else None,
+            peft_config=lora_config(model, recipe.rank, recipe.alpha, recipe.dropout) if recipe.tuning == "lora" else None,
         )
         self.processing_class = None  # some versions give its missing special tokens to the model
         self.remove_callback(PrinterCallback)
@@ -258,11 +259,6 @@ def last_checkpoint(folder: Path) -> tuple[Path, Spent] | None:
     return None
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON that is there whole or not at all."""
-    write_atomically(path, json.dumps(values, indent=1).encode())
-
-
 def _arguments(recipe: Recipe, out: Path, steps: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(out),
@@ -290,20 +286,6 @@ def _arguments(recipe: Recipe, out: Path, steps: int) -> SFTConfig:
         max_length=None,  # tokens come truncated as they were when gradients were taken
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},  # no template, no labels of its own
-    )
-
-
-def _adapter(recipe: Recipe, model: nn.Module) -> Any:
-    from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 
 

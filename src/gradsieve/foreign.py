@@ -1,0 +1,31 @@
+"""What other libraries do to the whole process, taken back: random states they seed, warnings of each other's old names."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def known_renames() -> Iterator[None]:
+    """Hides transformers' warnings that trl and peft still call activation checkpointing by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Gives the caller's global random states back afterwards: of random, numpy and torch."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
