@@ -35,13 +35,11 @@ def try_sizes(engine: GradientEngine, tokens: Sequence[Tokens], most: int, devic
         device: Where.
     """
     rates: dict[int, float] = {}
-    size = SMALLEST
+    middle = tokens[len(tokens) // 2 :]
+    size, most = SMALLEST, min(most, sum(len(t.input_ids) for t in middle))
     while not rates or (size <= most and not is_flat(rates)):
-        given = _examples_of(tokens, size, device)
-        if given is None and rates:
-            break
         try:
-            rates[size] = _rate(engine, given or _examples_of(tokens, 1, device) or [], device)
+            rates[size] = _rate(engine, [next(token_batches(part, size, device)) for part in (tokens, middle)], device)
         except (RuntimeError, MemoryError) as error:
             if not rates or not ran_out_of_memory(error):
                 raise
@@ -67,14 +65,6 @@ def describe(rates: Mapping[int, float]) -> str:
     """Returns what the user is told of the trial."""
     curve = ", ".join(f"{rate:.0f} at {size}" for size, rate in rates.items())
     return f"--batch-tokens auto took {best_size(rates)}; tokens per second by batch size: {curve}"
-
-
-def _examples_of(tokens: Sequence[Tokens], size: int, device: str) -> list[tuple[Batch, int]] | None:
-    """Returns the first batch of a size and one from the middle of the examples; None where there are too few for it."""
-    middle = tokens[len(tokens) // 2 :]
-    if size > 1 and sum(len(t.input_ids) for t in middle) < size:
-        return None
-    return [next(token_batches(part, size, device)) for part in (tokens, middle)]
 
 
 def _rate(engine: GradientEngine, given: Sequence[tuple[Batch, int]], device: str) -> float:
