@@ -32,6 +32,7 @@ import torch
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import Batch, EngineSettings
+from gradsieve.models import resolve_dtype
 from measuring import Row, machine, measure, over, versions
 from peers import PEERS, peer_rows
 from truth import Truth, largest_error
@@ -93,7 +94,12 @@ def rows_for(
         rows.append(Row(LESS, trainable(lambda: less_style(model, singles), model)))
     if wanted.search(LORA):
         rows += lora_rows(model, batches, check)
-    if wanted.search(HALF) and options.dtype == "float32" and options.device == "cpu" and has_bfloat16():
+    if (
+        wanted.search(HALF)
+        and options.dtype == "float32"
+        and options.device == "cpu"
+        and resolve_dtype("auto", "cpu") == torch.bfloat16
+    ):
         rows += half_rows(model, batches)
     found, missing = peer_rows(options.peers, model, batches, wanted) if options.peers else ([], {})
     return rows + found, missing
@@ -119,17 +125,6 @@ def half_rows(model: Any, batches: Sequence[Batch]) -> list[Row]:
         Row(HALF_FLOOR, all_batches(lambda batch: floor(half, batch), batches)),
         engine_row(HALF, half, batches, WAYS[LINEAR], None, None),
     ]
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16."""
-    return any("avx512_bf16" in line or "amx_bf16" in line or " bf16" in line for line in cpu_flags())
-
-
-def cpu_flags() -> list[str]:
-    """The flags of the processor, as Linux tells them."""
-    info = Path("/proc/cpuinfo")
-    return [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))] if info.exists() else []
 
 
 def engine_row(
