@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gradsieve as gs
+from gradsieve.extraction import ComputeSettings, form_note, with_form
+from gradsieve.gradients.settings import EngineSettings
 from gradsieve.models import find_model
 
 Write = Callable[..., Path]
@@ -54,6 +57,21 @@ def test_references_that_do_not_fit_are_wide_sketches_and_it_is_said(
     with pytest.raises(gs.StoreMismatch, match="reference_products exact in the store, wide sketch asked for"):
         gs.select("ogs-static", store=str(tmp_path / "exact"), reference_memory=0, **common)
     gs.select("random", store=str(tmp_path / "wide"), **common)  # reads no product
+
+
+def test_the_memory_of_exact_references_is_that_of_whole_gradients_in_the_models_precision(tiny_model: Path) -> None:
+    source = find_model(tiny_model)
+    linear = [name for name, _ in source.skeleton().named_parameters() if "proj" in name]
+    each = 4 * sum(source.skeleton().get_parameter(name).numel() for name in linear)
+    wide = ComputeSettings(EngineSettings("linear"), torch.float32, "cpu", 100, reference_memory=1, form="wide sketch")
+    most = (1 << 20) // each
+    assert most > 1
+    assert with_form(source, wide, 0).form == with_form(source, wide, most).form == "exact"
+    assert with_form(source, wide, most + 1).form == "wide sketch"
+    half, double = (dataclasses.replace(wide, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert with_form(source, half, 2 * most).form == "exact"
+    assert with_form(source, double, most).form == "wide sketch"
+    assert f"of {4 * most} references take {4 * most * each >> 20} MiB" in form_note(source, wide, 4 * most)
 
 
 def test_a_skeleton_has_the_parameters_of_the_model(tiny_model: Path, tmp_path: Path) -> None:

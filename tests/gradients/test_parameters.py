@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradsieve.errors import InvalidArgument, ModelError
-from gradsieve.gradients.parameters import choose_parameters, unwrap
+from gradsieve.gradients.parameters import choose_parameters, chosen_size, unwrap
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,13 @@ def test_a_site_s_shape_is_that_of_a_gradient_by_rows_of_output(twin: Any) -> No
     assert shapes["transformer.h.0.attn.c_attn.weight"] == (96, 32)  # stored [32, 96]
     assert shapes["transformer.h.0.attn.c_attn.bias"] == (96, 1)
     assert shapes["lm_head.weight"] == (twin.vocabulary, 32)
+
+
+def test_tied_weights_are_one_in_the_size_of_a_gradient(twin: Any) -> None:
+    tied, apart = twin.model("llama-tied"), twin.model("llama")
+    assert chosen_size(tied, "embedding,lm-head") == chosen_size(tied, "embedding") == twin.vocabulary * 32
+    assert chosen_size(apart, "embedding,lm-head") == 2 * twin.vocabulary * 32
+    assert chosen_size(tied, "all") == sum(p.numel() for p in tied.parameters())
 
 
 def test_auto_is_the_linear_layers_of_a_plain_model(twin: Any) -> None:

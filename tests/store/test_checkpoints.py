@@ -29,6 +29,15 @@ def test_each_checkpoint_is_read_from_its_own_view_and_columns_from_the_last() -
         both.rows(rows, "epoch-3")
 
 
+def test_a_representation_is_that_of_the_last_checkpoint() -> None:
+    hidden = [torch.full((3, 2), float(i)) for i in range(2)]
+    first, last = (ArrayGradients(IDS, view(i, [1.0] * 3).sketch, {}, {"hidden": hidden[i]}) for i in range(2))
+    both = CheckpointGradients({"epoch-1": first, "epoch-2": last})
+    assert list(both.representations) == ["hidden"]
+    assert torch.equal(both.rows(torch.tensor([1, 2]), "hidden"), hidden[1][1:])
+    assert torch.equal(next(both.blocks("hidden"))[1], hidden[1])
+
+
 def test_a_row_is_finite_if_it_is_so_at_every_checkpoint() -> None:
     first, last = view(0, [1.0, torch.nan, 3.0]), view(1, [torch.inf, 5.0, 6.0])
     assert finite_rows(first).tolist() == [True, False, True]
