@@ -14,7 +14,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ import tyro
 import xxhash
 
 from gradsieve import __version__
-from gradsieve.atomic import replacing
+from gradsieve.atomic import replacing, write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.data import row_fields, write_jsonl, write_lines
 from gradsieve.demo import is_demo
@@ -55,7 +55,7 @@ def save(result: Result, out: Path) -> Path:
         ]
         write_lines(out / "excluded.jsonl", (json.dumps(row, ensure_ascii=False).encode() for row in excluded))
     record = _record(result)
-    write_lines(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode().split(b"\n"))
+    write_atomically(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
     write_report(page(result, record), out / "report.html")
     return out
 
@@ -251,7 +251,7 @@ def _record(result: Result) -> dict[str, Any]:
                 "format": result.formats.get(role),
                 "examples": len(part.examples),
                 "usable": len(part.kept),
-                "digest": xxhash.xxh3_128_hexdigest(b"\n".join(example.raw for example in part.examples)),
+                "digest": data_digest(part.examples),
             }
             for role, part in result.sets.items()
         },
@@ -274,6 +274,14 @@ def _record(result: Result) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "hardware": hardware(result.job.device),
     }
+
+
+def data_digest(examples: Iterable[Example]) -> str:
+    """Returns the hash by which a record knows a set of examples again: of their raw bytes, in order."""
+    hasher = xxhash.xxh3_128()
+    for number, example in enumerate(examples):
+        hasher.update((b"\n" if number else b"") + example.raw)
+    return str(hasher.hexdigest())
 
 
 def _from_anywhere(key: str, value: Any) -> Any:

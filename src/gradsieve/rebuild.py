@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-import xxhash
 
 from gradsieve.data import read_examples
 from gradsieve.demo import demo_set, is_demo
 from gradsieve.errors import DataError, InvalidArgument
-from gradsieve.outputs import page_of, score_column
+from gradsieve.outputs import data_digest, page_of, score_column
 from gradsieve.report import Page, write_report
 from gradsieve.types import Example, Selection
 
@@ -79,7 +78,7 @@ def _pool(run: Path, record: Mapping[str, Any]) -> Sequence[Example]:
     else:
         job = record["job"]
         examples = read_examples(part["files"], format=job["format"], category_field=job["category_field"]).examples
-    if xxhash.xxh3_128_hexdigest(b"\n".join(example.raw for example in examples)) != part["digest"]:
+    if data_digest(examples) != part["digest"]:
         raise InvalidArgument(f"the pool must be the data of {run}, got other content in {' '.join(part['files'])}")
     return examples
 

@@ -103,7 +103,7 @@ def test_nothing_is_better_whose_interval_holds_zero() -> None:
         name: estimate(noise + shift, draws, counts).verdict for name, shift in {"a": 2.0, "b": 0.05, "c": -2.0}.items()
     }
     assert verdicts == {"a": "win", "b": "tie", "c": "loss"}
-    assert tally(verdicts) == {"win": 1, "tie": 1, "loss": 1, "unjudged": 0}
+    assert tally(list(verdicts.values())) == {"win": 1, "tie": 1, "loss": 1, "unjudged": 0}
 
 
 def test_equal_differences_everywhere_have_an_interval_without_width() -> None:

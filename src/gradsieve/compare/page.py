@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from gradsieve.atomic import write_atomically
 from gradsieve.compare.cells import plan_cells
 from gradsieve.compare.config import Config
 from gradsieve.compare.figures import figures
 from gradsieve.compare.records import read_finished, read_json
 from gradsieve.compare.summary import Summary, summarise
 from gradsieve.compare.tables import effects_csv, interval, markdown, tally
-from gradsieve.data import write_lines
 from gradsieve.report import wording
+from gradsieve.report.render import document, packaged
 
 VIEWS = {
     "equal_steps": (
@@ -42,37 +39,30 @@ def write_reports(config: Config) -> Summary:
     missing = [cell.name for cell, one in zip(cells, found, strict=True) if one is None]
     summary = summarise(finished, read_json(study / "comparison.json"), missing, config.resamples)
     drawn = figures(summary)
-    _write(study / "report.html", render(summary, drawn))
-    _write(study / "summary.md", markdown(summary))
-    _write(study / "effects.csv", effects_csv(summary))
     (study / "figures").mkdir(exist_ok=True)
-    for name, svg in drawn.items():
-        _write(study / "figures" / f"{name}.svg", svg)
+    files = {"report.html": render(summary, drawn), "summary.md": markdown(summary), "effects.csv": effects_csv(summary)}
+    files |= {f"figures/{name}.svg": svg for name, svg in drawn.items()}
+    for name, text in files.items():
+        write_atomically(study / name, text.encode("utf-8"))
     return summary
 
 
 def render(summary: Summary, drawn: Mapping[str, str]) -> str:
     """Returns the page as one HTML document; the same summary gives the same text."""
-    css = resources.files("gradsieve.report").joinpath("page.css").read_text(encoding="utf-8") + _packaged("page.css")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
-    environment.filters |= {
-        "interval": interval, "tally": tally, "number": wording.number, "percent": wording.percent, "safe_svg": Markup,
-    }  # fmt: skip
-    return environment.from_string(_packaged("page.html.j2")).render(
-        s=summary,
-        css=Markup(css),
-        css_hash=_hash(css),
-        figures=drawn,
-        headline=headline(summary),
-        lead=lead(summary),
-        numbers=_numbers(summary),
-        view_words=VIEWS,
-        questions=_questions(summary),
-        settings=_settings(summary.record["config"]),
-        versions=[*summary.record["versions"].items(), *summary.record["hardware"].items()],
-    )
+    values = {
+        "s": summary,
+        "figures": drawn,
+        "headline": headline(summary),
+        "lead": lead(summary),
+        "numbers": _numbers(summary),
+        "view_words": VIEWS,
+        "questions": _questions(summary),
+        "settings": _settings(summary.record["config"]),
+        "versions": [*summary.record["versions"].items(), *summary.record["hardware"].items()],
+    }
+    filters: dict[str, Callable[..., object]] = {"interval": interval, "tally": tally, "safe_svg": Markup}
+    own = {name: packaged("gradsieve.compare", name) for name in ("page.html.j2", "page.css")}
+    return document(own["page.html.j2"], values, filters, more_css=own["page.css"])
 
 
 def headline(summary: Summary) -> str:
@@ -151,22 +141,3 @@ def _setting(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_setting(own)}" for key, own in value.items() if own not in (None, [], {}, ()))
     return wording.setting(value)
-
-
-def _packaged(name: str) -> str:
-    return resources.files("gradsieve.compare").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
-
-
-def _shown(value: object) -> object:
-    if value is None:
-        return "–"
-    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _write(path: Path, text: str) -> None:
-    lines: Sequence[bytes] = text.removesuffix("\n").encode("utf-8").split(b"\n")
-    write_lines(path, lines)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradsieve.atomic import replacing, write_atomically
 from gradsieve.compare.cells import Cell
 from gradsieve.data import write_lines
 from gradsieve.errors import DataError, InvalidArgument
@@ -112,17 +113,10 @@ def write_items(path: Path, items: Mapping[str, Sequence[str]], values: Values) 
             columns["item"] += items[test]
             columns["metric"] += [metric] * len(column)
             columns["value"] += column.tolist()
-    table = pa.table(
-        {
-            "test": pa.array(columns["test"], pa.string()).dictionary_encode(),
-            "item": pa.array(columns["item"], pa.string()).dictionary_encode(),
-            "metric": pa.array(columns["metric"], pa.string()).dictionary_encode(),
-            "value": pa.array(columns["value"], pa.float64()),
-        }
-    )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.replace(path)
+    arrays = {name: pa.array(columns[name], pa.string()).dictionary_encode() for name in ("test", "item", "metric")}
+    table = pa.table({**arrays, "value": pa.array(columns["value"], pa.float64())})
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def read_items(path: Path) -> Measurements:
@@ -146,7 +140,7 @@ def read_items(path: Path) -> Measurements:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode().split(b"\n"))
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:

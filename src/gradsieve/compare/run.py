@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from gradsieve import __version__
+from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, plan_cells
 from gradsieve.compare.config import BASE, Config
@@ -116,7 +117,7 @@ class Comparison:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
             with _claimed(cell_folder(self.study, cell)) as ours:
-                if not ours or self._finished(cell, check=True):
+                if not ours or self._is_finished(cell):
                     continue
                 chosen = self.chosen(cell, progress)
                 job = make_job(self.material, cell, self.config.arm(cell.arm), chosen)
@@ -180,11 +181,11 @@ class Comparison:
             lines = (json.dumps(dataclasses.asdict(leak), ensure_ascii=False).encode() for leak in leaks)
             write_lines(self.study / "leaks.jsonl", lines)
 
-    def _finished(self, cell: Cell, *, check: bool) -> Finished | None:
-        """Returns a finished cell, once it is sure that it was made with what is asked for now."""
+    def _is_finished(self, cell: Cell) -> bool:
+        """Says whether a cell is finished; refuses one that was made with other things than are asked for now."""
         found = read_finished(self.study, cell)
-        if found is None or not check:
-            return found
+        if found is None:
+            return False
         chosen = self.chosen(cell)
         inputs = self._inputs(make_job(self.material, cell, self.config.arm(cell.arm), chosen))
         differing = list(differences(found.record["inputs"], inputs))
@@ -193,7 +194,7 @@ class Comparison:
                 f"{found.folder} must be of the comparison that is asked for, got other inputs: {'; '.join(differing)}; name "
                 "another --out, or remove that folder"
             )
-        return found
+        return True
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         """Returns all that decides a cell's numbers."""
@@ -220,9 +221,7 @@ class Comparison:
         folder = cell_folder(self.study, cell)
         for name in ("items.parquet", "generations.json"):
             if (twin.folder / name).exists():
-                unfinished = folder / f".{name}.unfinished"
-                unfinished.write_bytes((twin.folder / name).read_bytes())
-                unfinished.replace(folder / name)
+                write_atomically(folder / name, (twin.folder / name).read_bytes())
         self._write_selection(folder, chosen)
         record = {**twin.record, **self._identity(cell, chosen), "same_as": twin.cell.name}
         write_json(folder / "result.json", record)

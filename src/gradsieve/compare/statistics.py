@@ -25,10 +25,10 @@ higher is better. With one seed it is **unjudged**.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +72,6 @@ class Draws:
 
     Attributes:
         seeds: How often each seed was drawn, float64 [B, S], rows summing to S.
-        random: Makes the counts of items; each set of items has its own, by name.
         seed: Of the draws.
     """
 
@@ -149,9 +148,13 @@ def estimate(table: Floats, draws: Draws, items: Floats) -> Estimate:
     """Returns the mean of a table [S, I] with its 95 % interval; O(B S I)."""
     if not np.isfinite(table).all():
         raise InvalidArgument("table must be finite, got NaN or infinite values; leave those items out")
-    drawn = replicates(table, draws, items)
+    return Estimate(float(table.mean()), *interval(replicates(table, draws, items)), *table.shape)
+
+
+def interval(drawn: Floats) -> tuple[float, float]:
+    """Returns between which values the share `LEVEL` of replicates lies, as many below as above."""
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(table.mean()), float(low), float(high), *table.shape)
+    return float(low), float(high)
 
 
 def front(gain: Floats, forgetting: Floats) -> npt.NDArray[np.bool_]:
@@ -168,7 +171,6 @@ def front(gain: Floats, forgetting: Floats) -> npt.NDArray[np.bool_]:
     return on.reshape(gain.shape)
 
 
-def tally(verdicts: Mapping[str, Verdict]) -> dict[Verdict, int]:
+def tally(verdicts: Sequence[Verdict]) -> dict[Verdict, int]:
     """Returns how many of the verdicts are wins, ties, losses and unjudged."""
-    values = list(verdicts.values())
-    return {kind: values.count(kind) for kind in ("win", "tie", "loss", "unjudged")}
+    return {kind: verdicts.count(kind) for kind in get_args(Verdict)}

@@ -21,7 +21,7 @@ import numpy as np
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.records import Finished, Measurements, read_json
-from gradsieve.compare.statistics import Draws, Estimate, Floats, Verdict, estimate, front, replicates
+from gradsieve.compare.statistics import Draws, Estimate, Floats, Verdict, estimate, front, interval, replicates, tally
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
 
@@ -305,11 +305,10 @@ def _over_tests(table: _Table, key: Key, other: Key, role: str, metric: str) -> 
         raise DataError(f"tests of role {role} must have the metric {metric}, got none that does; add it to their metrics")
     present = {test: values for test, values in tables.items() if values is not None}
     drawn = np.mean([table.replicates(values, test, metric) for test, values in present.items()], axis=0)
-    low, high = np.quantile(drawn, [0.025, 0.975])
     mean = float(np.mean([values.mean() for values in present.values()]))
     items = sum(values.shape[1] for values in present.values())
     seeds = max(len(values) for values in present.values())
-    return Estimate(mean, float(low), float(high), seeds, items), drawn
+    return Estimate(mean, *interval(drawn), seeds, items), drawn
 
 
 def _turned(found: Estimate) -> Estimate:
@@ -345,12 +344,7 @@ def _standing(
 
 
 def _tally(effects: Sequence[Effect], other: str) -> dict[Verdict, int]:
-    found: dict[Verdict, int] = {"win": 0, "tie": 0, "loss": 0, "unjudged": 0}
-    for effect in effects:
-        difference = effect.against[other]
-        if difference is not None:
-            found[difference.verdict] += 1
-    return found
+    return tally([difference.verdict for effect in effects if (difference := effect.against[other]) is not None])
 
 
 def _overlaps(finished: Sequence[Finished]) -> dict[str, tuple[list[str], list[list[float]]]]:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -21,21 +22,34 @@ from gradsieve.report import wording
 from gradsieve.report.content import content
 from gradsieve.report.page import Page
 
+FILTERS = ("counted", "duration", "label", "number", "percent", "setting", "size")
+"""Functions of `wording` that every page of ours may use."""
+
 
 def render(page: Page) -> str:
     """Returns the report as one self-contained HTML document; the same page gives the same text."""
-    css, js = _packaged("page.css"), _packaged("page.js")
+    js = packaged("gradsieve.report", "page.js")
+    values = {"js": Markup(js), "js_hash": _hash(js), "page": page, **content(page)}
+    return document(packaged("gradsieve.report", "page.html.j2"), values, {"json": _json})
+
+
+def document(
+    template: str, values: Mapping[str, object], filters: Mapping[str, Callable[..., object]], more_css: str = ""
+) -> str:
+    """Returns a page of ours: the report's style and wording, every value escaped, every `None` a dash.
+
+    Args:
+        template: Jinja text; beside the values it has `css` and its hash for the policy, `css_hash`.
+        values: What it shows.
+        filters: Its own, beside `FILTERS`.
+        more_css: What is added to the report's style sheet.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
-    environment.filters |= {
-        name: getattr(wording, name) for name in ("counted", "duration", "label", "number", "percent", "setting", "size")
-    }
-    environment.filters["json"] = _json
-    template = environment.from_string(_packaged("page.html.j2"))
-    return template.render(
-        css=Markup(css), js=Markup(js), css_hash=_hash(css), js_hash=_hash(js), page=page, **content(page)
-    ).lstrip()
+    environment.filters |= {name: getattr(wording, name) for name in FILTERS} | dict(filters)
+    css = packaged("gradsieve.report", "page.css") + more_css
+    return environment.from_string(template).render(css=Markup(css), css_hash=_hash(css), **values).lstrip()
 
 
 def write_report(page: Page, path: str | os.PathLike[str]) -> None:
@@ -43,8 +57,9 @@ def write_report(page: Page, path: str | os.PathLike[str]) -> None:
     write_atomically(Path(path), render(page).encode("utf-8"))
 
 
-def _packaged(name: str) -> str:
-    return resources.files("gradsieve.report").joinpath(name).read_text(encoding="utf-8")
+def packaged(package: str, name: str) -> str:
+    """Returns the text of a file that is installed with a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
