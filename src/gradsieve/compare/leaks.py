@@ -7,13 +7,14 @@ hold them. Three kinds:
     near      at least `threshold` of the word triples of both texts together are in both (Jaccard index, prompt and answer)
     answer    the same of the answers alone, where both have at least `SHORTEST` triples: a question asked in other words
 
-The search is exact: the small sides (tests, target, anchor) are indexed by word triple and the pool is run past the index, so
-that memory is that of the small sides and no pair is missed, as MinHash would miss some at its threshold.
+The search is exact: the small sides (tests, target, anchor) are indexed by word triple and the pool is run past the indexes
+once, so that memory is that of the small sides and no pair is missed. `gradsieve.data.dedup` is another search: within one
+large set this one costs the square of its size, so that it has MinHash there, which may miss a pair just at its threshold, and
+runs of letters, which find misspelt copies. A duplicate missed there is a wasted step; a leak missed here is a wrong result.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,7 @@ import numpy as np
 import xxhash
 
 from gradsieve.data import content_hash
+from gradsieve.data.texts import text_of, words
 from gradsieve.errors import InvalidArgument
 from gradsieve.types import Example
 
@@ -29,7 +31,6 @@ Kind = Literal["same", "near", "answer"]
 WORDS = 3
 SHORTEST = 12
 _SHOWN = 8
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")  # a Chinese letter is a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,12 @@ def find_leaks(sides: Mapping[str, Sequence[Example]], tests: Sequence[str], thr
     if not 0 < threshold <= 1:
         raise InvalidArgument(f"threshold must lie in (0, 1], got {threshold}")
     names = list(sides)
+    indexes = {name: _Index.of(sides[name]) for name in names[1:] if sides[name]}
     found: list[Leak] = []
     for place, name in enumerate(names):
-        for other in names[place + 1 :]:
-            if name not in tests and sides[name] and sides[other]:
-                found += _between(name, sides[name], other, _Index.of(sides[other]), threshold)
+        others = {other: indexes[other] for other in names[place + 1 :] if other in indexes}
+        if name not in tests and others:
+            found += _between(name, sides[name], others, threshold)
     return found
 
 
@@ -106,16 +108,24 @@ def refuse(leaks: Sequence[Leak]) -> None:
 
 
 def triples(text: str) -> frozenset[int]:
-    """Returns hashes of all runs of three words of a text, without case and punctuation; of shorter texts the text itself."""
-    words = _WORD.findall(text.casefold())
-    runs = [" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)] or [" ".join(words)]
+    """Returns hashes of all runs of three words of a text (`gradsieve.data.texts.words`); of shorter texts the text itself."""
+    found = words(text)
+    runs = [" ".join(found[i : i + WORDS]) for i in range(len(found) - WORDS + 1)] or [" ".join(found)]
     return frozenset(xxhash.xxh3_64_intdigest(run.encode()) for run in runs)
 
 
-def _texts(example: Example) -> tuple[str, str]:
-    """Returns prompt and answer as one text, and the answer alone."""
-    contents = [str(turn.get("content") or "") for turn in example.messages]
-    return "\n".join(contents), contents[-1]
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What an example is compared by: the hash of its conversation, and the triples of all its turns and of its answer."""
+
+    hash: str
+    whole: frozenset[int]
+    answer: frozenset[int]
+
+    @classmethod
+    def of(cls, example: Example) -> _Content:
+        answer = str(example.messages[-1].get("content") or "")
+        return cls(content_hash(example), triples(text_of(example)), triples(answer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,16 +139,12 @@ class _Index:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> _Index:
-        texts = [_texts(example) for example in examples]
+        contents = [_Content.of(example) for example in examples]
         same: dict[str, int] = {}
-        for i, example in enumerate(examples):
-            same.setdefault(content_hash(example), i)
-        return cls(
-            examples,
-            same,
-            _Postings.of([triples(whole) for whole, _ in texts]),
-            _Postings.of([triples(own) for _, own in texts]),
-        )
+        for i, content in enumerate(contents):
+            same.setdefault(content.hash, i)
+        whole, answers = ([getattr(content, part) for content in contents] for part in ("whole", "answer"))
+        return cls(examples, same, _Postings.of(whole), _Postings.of(answers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,22 +179,23 @@ class _Postings:
         return best, float(index[best])
 
 
-def _between(name: str, examples: Sequence[Example], other: str, index: _Index, threshold: float) -> Iterator[Leak]:
+def _between(name: str, examples: Sequence[Example], others: Mapping[str, _Index], threshold: float) -> Iterator[Leak]:
     for example in examples:
-        found = _likest(example, index, threshold)
-        if found is not None:
-            kind, at, similarity = found
-            partner = index.examples[at]
-            yield Leak(kind, similarity, name, example.id, example.origin, other, partner.id, partner.origin)
+        content = _Content.of(example)
+        for other, index in others.items():
+            found = _likest(content, index, threshold)
+            if found is not None:
+                kind, at, similarity = found
+                partner = index.examples[at]
+                yield Leak(kind, similarity, name, example.id, example.origin, other, partner.id, partner.origin)
 
 
-def _likest(example: Example, index: _Index, threshold: float) -> tuple[Kind, int, float] | None:
-    at = index.same.get(content_hash(example))
+def _likest(content: _Content, index: _Index, threshold: float) -> tuple[Kind, int, float] | None:
+    at = index.same.get(content.hash)
     if at is not None:
         return "same", at, 1.0
-    whole, answer = _texts(example)
-    near = index.whole.likest(triples(whole))
+    near = index.whole.likest(content.whole)
     if near is not None and near[1] >= threshold:
         return "near", *near
-    alone = index.answers.likest(triples(answer), SHORTEST)
+    alone = index.answers.likest(content.answer, SHORTEST)
     return ("answer", *alone) if alone is not None and alone[1] >= threshold else None
