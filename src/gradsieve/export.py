@@ -20,6 +20,7 @@ import yaml
 
 from gradsieve.atomic import replacing, write_atomically
 from gradsieve.data import Format, read_examples, tokenize
+from gradsieve.data.template import read_template
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.models import find_model
 from gradsieve.types import Example
@@ -95,7 +96,7 @@ def read_chosen(run: Path) -> Chosen:
         scores = pq.read_table(run / "scores.parquet", columns=["id", "rank", "weight", "score"]).to_pylist()
         shape = record["inputs"]["pool"]["format"]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise DataError(f"{run}: must be the folder of a selection, got {_line(error)}") from None
+        raise DataError(f"{run}: must be the folder of a selection, got {_line(error)}; name the --out of `select`") from None
     known: Format = shape if shape in get_args(Format) else "auto"  # a built-in set has a description there
     examples = read_examples([run / "selected.jsonl"], format=known).examples
     ranked = sorted((row for row in scores if row["rank"] is not None), key=lambda row: row["rank"])
@@ -114,7 +115,7 @@ def _trl(chosen: Chosen, out: Path) -> list[str]:
     if model["live"]:
         raise InvalidArgument("the run must name its model's folder, got a model object; export to parquet instead")
     source = find_model(job["model"], trust_remote_code=job["trust_remote_code"])
-    template = Path(job["chat_template"]).read_text(encoding="utf-8") if job["chat_template"] else None
+    template = read_template(job["chat_template"])
     done = tokenize(chosen.examples, source.tokenizer, max_length=job["max_length"], chat_template=template)
     table = pa.table(
         {

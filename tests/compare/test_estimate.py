@@ -1,13 +1,17 @@
 """What is said beforehand: every cell with its time, from a short measurement, and nothing written."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gradsieve.compare.cells import Cell
-from gradsieve.compare.config import Config
-from gradsieve.compare.estimate import Speed, forecast, predicted, training_tokens
+from gradsieve.compare.config import Config, parse_config
+from gradsieve.compare.estimate import forecast
 from gradsieve.compare.run import Comparison
+from gradsieve.compare.speed import Speed, predicted, training_tokens
+from gradsieve.compare.subsets import open_stores
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:
@@ -33,6 +37,23 @@ def test_finished_cells_count_in_place_of_the_measurement_and_cost_nothing_more(
     left = finished.seconds_left(finished.finished()[:3])
     assert left is not None
     assert left > 0
+
+
+def test_gradients_of_other_data_or_after_a_warm_up_count_by_themselves(content: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    for seed in (0, 1):
+        (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[10 * seed : 10 * seed + 12]) + "\n")
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"ogs-static": None, "gradmatch": None}}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    stores = open_stores(comparison.study, comparison.material)
+    assert sorted(stores.values()) == [0, 1]
+    done = next(store for store, seed in stores.items() if seed == 0)
+    done.mkdir(parents=True)
+    (done / "whole").touch()
+    assert list(open_stores(comparison.study, comparison.material).values()) == [1]
+    content["arms"]["less"] = {"settings": {"warmup_share": 0.5}}
+    comparison = Comparison.of(parse_config(content | {"out": str(tmp_path / "other")}, "x.yaml"))
+    assert sorted(open_stores(comparison.study, comparison.material).values()) == [0, 0, 1, 1]
 
 
 def test_time_grows_with_what_is_trained_on(config: Config) -> None:

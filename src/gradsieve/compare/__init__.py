@@ -7,6 +7,7 @@ subsets       what each arm chooses, from one store of gradients
 training      one cell's work: train, measure, let it answer
 records       the folder: what is kept of a cell, results.jsonl
 run           cell by cell
+speed         what a cell takes, from what others took
 estimate      how long it will take
 statistics    paired bootstrap over items and seeds
 """

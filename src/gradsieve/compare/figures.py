@@ -105,7 +105,7 @@ def costs(standings: Sequence[Standing]) -> str:
     for one in standings:
         parts = dict(one.seconds)
         parts["train"] -= parts["surgery"]
-        rows.append((one.label, {name: max(0.0, parts[name]) for name in shades}))
+        rows.append((one.label, {name: parts[name] for name in shades}))
     longest = max((sum(parts.values()) for _, parts in rows), default=1.0) or 1.0
     left, high, wide = 150.0, 20.0, WIDTH - 210.0
     made = []

@@ -22,7 +22,6 @@ from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, plan_cells
 from gradsieve.compare.config import BASE, Config
-from gradsieve.compare.estimate import Speed, predicted
 from gradsieve.compare.material import Material, tokens_digest
 from gradsieve.compare.page import write_reports
 from gradsieve.compare.records import (
@@ -34,6 +33,7 @@ from gradsieve.compare.records import (
     write_json,
     write_results,
 )
+from gradsieve.compare.speed import Speed, predicted
 from gradsieve.compare.subsets import Subset, selector, subset
 from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
 from gradsieve.data import write_lines

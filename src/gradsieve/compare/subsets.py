@@ -235,6 +235,13 @@ def _select(store: Path, material: Material, method: Any, budget: str, seed: int
     )
 
 
+def open_stores(study: Path, material: Material) -> dict[Path, int]:
+    """Returns the stores that are still to be filled, each with a seed whose data it is for."""
+    arms = [arm for arm in material.config.arms if reads_store(arm)]
+    stores = {_store(study, material, arm, seed): seed for seed in material.config.seeds for arm in arms}
+    return {store: seed for store, seed in stores.items() if not (store / "whole").exists()}
+
+
 def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
     needs, warmup = sorted(_shared_needs(material, arm)), repr(_warmup(selector(arm)))
     key = [_data_digest(material, seed), material.source.weights, _gradient_settings(material), warmup, needs]
