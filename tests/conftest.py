@@ -43,29 +43,37 @@ def _stores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama of 30,000 parameters and its tokenizer."""
+def tiny_llama() -> Callable[..., Any]:
+    """Makes a two-layer Llama of 30,000 random parameters for the tiny tokenizer; `changes` are to its configuration."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        eos_token_id=1,
-        pad_token_id=2,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
+    def make(**changes: Any) -> Any:
+        torch.manual_seed(0)
+        usual: dict[str, Any] = {
+            "vocab_size": len(tiny_tokenizer()),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "bos_token_id": None,
+            "initializer_range": 0.3,
+        }
+        return LlamaForCausalLM(LlamaConfig(**usual | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any]) -> Path:
+    """A folder with the tiny Llama and its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -6,26 +6,15 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from typing import Any
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "extract.py"
 
 
-def test_the_table_for_machines_has_every_row_and_exact_columns(tmp_path: Path) -> None:
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+def test_the_table_for_machines_has_every_row_and_exact_columns(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=4, tie_word_embeddings=True, initializer_range=0.2).save_pretrained(tmp_path / "model")
     table = tmp_path / "table.json"
     arguments = [str(BENCHMARK), "--model", str(tmp_path / "model"), "--shape", "2x24", "--repeats", "1"]
     arguments += ["--peers", str(tmp_path), "--json", str(table)]

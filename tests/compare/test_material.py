@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from gradsieve.errors import DataError, InvalidArgument
 
 def test_a_limit_takes_the_smallest_hashes_in_the_order_of_the_file(config: Config) -> None:
     test = config.tests["asked"]
-    every = read_test(config, "asked", dataclasses.replace(test, limit=None))
-    some = read_test(config, "asked", dataclasses.replace(test, limit=5))
+    every = read_test(config, "asked", dataclasses.replace(test, limit=None), [])
+    some = read_test(config, "asked", dataclasses.replace(test, limit=5), [])
     assert {content_hash(e) for e in some} == set(sorted(content_hash(e) for e in every)[:5])
     assert [e.id for e in some] == [e.id for e in every if e in some]
-    assert read_test(config, "asked", dataclasses.replace(test, limit=99)) == every
+    assert read_test(config, "asked", dataclasses.replace(test, limit=99), []) == every
 
 
 def test_built_in_sets_have_the_sizes_asked_for(content: dict[str, Any]) -> None:
@@ -51,10 +52,19 @@ def test_what_cannot_be_read_is_named(content: dict[str, Any], change: dict[str,
         Material.read(parse_config(content | change, "x.yaml"))
 
 
+def test_what_the_reader_says_of_files_is_noted(content: dict[str, Any]) -> None:
+    for name in ("pool", "anchor"):
+        path = Path(content[name])
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    notes = Material.read(parse_config(content, "x.yaml")).notes
+    assert [sum("blank" in note and f"{name}.jsonl" in note for note in notes) for name in ("pool", "anchor")] == [1, 1]
+
+
 def test_an_unknown_built_in_test_is_named(content: dict[str, Any]) -> None:
     config = parse_config(content, "x.yaml")
     with pytest.raises(InvalidArgument, match=r"tests\.law must be one of demo:medicine, .* or files, got 'demo:law'"):
-        read_test(config, "law", TestFiles("target", ("demo:law",)))
+        read_test(config, "law", TestFiles("target", ("demo:law",)), [])
 
 
 def test_digests_tell_tokens_labels_and_order_apart(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 
 import numpy as np
@@ -38,6 +39,17 @@ class Sides:
     anchor: Sequence[Example]
     leaks: Sequence[Leak]
 
+    @cached_property
+    def digest(self) -> str:
+        """The hash of all of it, in order."""
+        hasher = xxhash.xxh3_128()
+        for name in ("pool", "target", "anchor"):
+            examples = getattr(self, name)
+            hasher.update(f"{name} {len(examples)}\n".encode())
+            for example in examples:
+                hasher.update(example.id.encode() + b"\n" + example.raw + b"\n" + (example.category or "").encode() + b"\n")
+        return str(hasher.hexdigest())
+
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
@@ -50,6 +62,16 @@ class Trainable:
 
     pool: TokenSet
     anchor: TokenSet | None
+
+    @cached_property
+    def of_id(self) -> Mapping[str, Tokens]:
+        """The pool's tokens by id."""
+        return dict(zip(self.pool.ids, self.pool.tokens, strict=True))
+
+    @cached_property
+    def by_length(self) -> Sequence[str]:
+        """The pool's ids, the shortest example first."""
+        return [id for _, id in sorted(zip(self.pool.lengths, self.pool.ids, strict=True))]
 
 
 @dataclass(eq=False)
@@ -84,11 +106,10 @@ class Material:
             GradsieveError: A file, the model or a test cannot be used, or examples leak and must not be dropped.
         """
         notes: list[str] = []
-        tests = {name: read_test(config, name, test) for name, test in config.tests.items()}
-        sides = {seed: _read_sides(config, seed, tests, drop_leaks) for seed in config.seeds} if config.data_per_seed else {}
-        if not sides:
-            same = _read_sides(config, config.seeds[0], tests, drop_leaks)
-            sides = dict.fromkeys(config.seeds, same)
+        tests = {name: read_test(config, name, test, notes) for name, test in config.tests.items()}
+        seeds = config.seeds if config.data_per_seed else config.seeds[:1]
+        sides = {seed: _read_sides(config, seed, tests, drop_leaks, notes) for seed in seeds}
+        sides = {seed: sides.get(seed, sides[seeds[0]]) for seed in config.seeds}
         dropped = {seed: len(one.leaks) for seed, one in sides.items() if one.leaks}
         if dropped:
             notes.append(
@@ -137,9 +158,12 @@ class Material:
         return made
 
 
-def read_test(config: Config, name: str, test: TestFiles) -> list[Example]:
-    """Returns the examples of a test; with a limit those whose texts have the smallest hashes, in the order of the files."""
-    examples = _read(config, test.files, f"tests.{name}")
+def read_test(config: Config, name: str, test: TestFiles, notes: list[str]) -> list[Example]:
+    """Returns the examples of a test; with a limit those whose texts have the smallest hashes, in the order of the files.
+
+    What the user must know of the files is added to the notes.
+    """
+    examples = _read(config, test.files, f"tests.{name}", notes)
     if test.limit is None or len(examples) <= test.limit:
         return list(examples)
     kept = {example.id for example in sorted(examples, key=lambda e: (content_hash(e), e.id))[: test.limit]}
@@ -156,8 +180,8 @@ def tokens_digest(tokens: Sequence[Tokens]) -> str:
     return str(hasher.hexdigest())
 
 
-def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]], drop: bool) -> Sides:
-    roles = {role: _read(config, config.files(role, seed), role) for role in ("pool", "target", "anchor")}
+def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]], drop: bool, notes: list[str]) -> Sides:
+    roles = {role: _read(config, config.files(role, seed), role, notes) for role in ("pool", "target", "anchor")}
     sides = {**roles, **{f"test {name}": examples for name, examples in tests.items()}}
     leaks = find_leaks(sides, [name for name in sides if name not in roles], config.near_duplicate)
     if not drop:
@@ -168,14 +192,16 @@ def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]
     return Sides(kept["pool"], kept["target"], kept["anchor"], leaks)
 
 
-def _read(config: Config, files: Sequence[str], role: str) -> Sequence[Example]:
+def _read(config: Config, files: Sequence[str], role: str, notes: list[str]) -> Sequence[Example]:
     if not files:
         return []
     if any(map(is_demo, files)):
         if len(files) > 1:
             raise DataError(f"{config.source}: {role} must be one `demo` set or files, got {' '.join(files)}")
         return _demo(files[0], role)
-    return read_examples(files, format=config.format, category_field=config.category_field).examples
+    dataset = read_examples(files, format=config.format, category_field=config.category_field)
+    notes += [note for note in dataset.notes if note not in notes]
+    return dataset.examples
 
 
 def _demo(name: str, role: str) -> Sequence[Example]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,12 +199,15 @@ class Comparison:
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         """Returns all that decides a cell's numbers."""
+        return {**self._shared_inputs, "training": job.inputs()}
+
+    @cached_property
+    def _shared_inputs(self) -> dict[str, Any]:
         material, config = self.material, self.config
         return {
             "model": material.source.weights,
             "tokenizer": tokenizer_hash(material.source.tokenizer),
             "dtype": str(material.dtype).removeprefix("torch."),
-            "training": job.inputs(),
             "tests": {
                 test.name: {"items": tokens_digest(test.tokens), "kind": test.kind, "metrics": list(metrics_of(config, test))}
                 for test in material.tests

@@ -58,10 +58,10 @@ def predicted(material: Material, cell: Cell, config: Config, speed: Speed) -> f
 def training_tokens(material: Material, cell: Cell, config: Config) -> int:
     """Returns about how many tokens a cell trains on: of examples of mean length, as many as the budget allows."""
     assert cell.seed is not None
-    pool = material.trainable(cell.seed).pool
+    trainable = material.trainable(cell.seed)
+    pool, by_length = trainable.pool, trainable.by_length
     count = _count(cell, len(pool.ids), sum(pool.lengths) / len(pool.lengths))
-    by_length = sorted(range(len(pool.ids)), key=lambda i: (pool.lengths[i], pool.ids[i]))
-    ids = [pool.ids[by_length[(2 * i + 1) * len(by_length) // (2 * count)]] for i in range(count)]
+    ids = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     return make_job(material, cell, config.arm(cell.arm), Subset(tuple(ids), (1.0,) * count)).trained_tokens
 
 

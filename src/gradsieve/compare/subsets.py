@@ -155,7 +155,7 @@ def _inputs(material: Material, arm: Arm, budget: str, seed: int) -> dict[str, A
         "method": arm.method,
         "settings": settings,
         "budget": budget,
-        "data": _data_digest(material, seed),
+        "data": material.sides(seed).digest,
         "model": material.source.weights,
         "gradients": _gradient_settings(material),
     }
@@ -165,17 +165,6 @@ def _gradient_settings(material: Material) -> dict[str, Any]:
     config = material.config
     own = {**config.gradients, "max_length": config.max_length, "dtype": str(material.dtype), "template": material.template}
     return dict(json.loads(json.dumps(own, default=str)))
-
-
-def _data_digest(material: Material, seed: int) -> str:
-    hasher = xxhash.xxh3_128()
-    sides = material.sides(seed)
-    for name in ("pool", "target", "anchor"):
-        examples = getattr(sides, name)
-        hasher.update(f"{name} {len(examples)}\n".encode())
-        for example in examples:
-            hasher.update(example.id.encode() + b"\n" + example.raw + b"\n" + (example.category or "").encode() + b"\n")
-    return str(hasher.hexdigest())
 
 
 def _name(arm: Arm, budget: str, seed: int) -> str:
@@ -244,7 +233,7 @@ def open_stores(study: Path, material: Material) -> dict[Path, int]:
 
 def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
     needs, warmup = sorted(_shared_needs(material, arm)), repr(_warmup(selector(arm)))
-    key = [_data_digest(material, seed), material.source.weights, _gradient_settings(material), warmup, needs]
+    key = [material.sides(seed).digest, material.source.weights, _gradient_settings(material), warmup, needs]
     return study / "stores" / xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
 
 

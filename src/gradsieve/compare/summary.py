@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, FULL, RANDOM
@@ -144,6 +145,7 @@ class _Table:
     roles: Mapping[str, str]
     resamples: int
     _measured: dict[Cell, Measurements] = field(default_factory=dict)
+    _drawn: dict[tuple[str, int], npt.NDArray[np.uint16]] = field(default_factory=dict)  # the same for all arms
 
     @cached_property
     def base(self) -> Measurements:
@@ -190,12 +192,16 @@ class _Table:
         return sign * (self.values(key, seeds, test, metric) - self.values(other, seeds, test, metric))
 
     def estimate(self, table: Floats, test: str, metric: str) -> Estimate:
-        draws = Draws.of(len(table), self.resamples)
-        return estimate(table, draws, draws.items(f"{test}/{metric}", table.shape[1]))
+        return estimate(table, *self._draws(table, test, metric))
 
     def replicates(self, table: Floats, test: str, metric: str) -> Floats:
-        draws = Draws.of(len(table), self.resamples)
-        return replicates(table, draws, draws.items(f"{test}/{metric}", table.shape[1]))
+        return replicates(table, *self._draws(table, test, metric))
+
+    def _draws(self, table: Floats, test: str, metric: str) -> tuple[Draws, Floats]:
+        draws, key = Draws.of(len(table), self.resamples), (f"{test}/{metric}", table.shape[1])
+        if key not in self._drawn:
+            self._drawn[key] = draws.items(*key).astype(np.uint16)
+        return draws, self._drawn[key].astype(np.float64)
 
 
 def summarise(

@@ -90,14 +90,13 @@ def make_job(material: Material, cell: Cell, arm: Arm, chosen: Subset | None) ->
     assert cell.seed is not None
     trainable = material.trainable(cell.seed)
     recipe = resolved_recipe(material, cell, arm)
-    of_id = dict(zip(trainable.pool.ids, trainable.pool.tokens, strict=True))
     anchor = trainable.anchor.tokens if trainable.anchor else []
     if (recipe.surgery != "none" or recipe.replay_share > 0) and not anchor:
         raise InvalidArgument(f"{arm.name} needs an anchor (general examples), got none; name one in {material.config.source}")
     equal = len(set(chosen.weights)) <= 1
     return Job(
         recipe,
-        [of_id[id] for id in chosen.ids],
+        [trainable.of_id[id] for id in chosen.ids],
         None if equal else chosen.weights,
         anchor if recipe.surgery != "none" else (),
         anchor if recipe.replay_share > 0 else (),
