@@ -29,9 +29,12 @@ class Overhead:
     chosen: float
 
     def __str__(self) -> str:
+        beside = (
+            f"{self.choosing / self.chosen:.0%} of {EPOCHS} epochs on the chosen examples" if self.chosen else "none is chosen"
+        )
         return (
             f"overhead: choosing is {self.choosing / self.whole:.1%} of the work of {EPOCHS} epochs of LoRA training on the "
-            f"whole pool, and {self.choosing / self.chosen:.0%} of {EPOCHS} epochs on the chosen examples"
+            f"whole pool, and {beside}"
         )
 
 
