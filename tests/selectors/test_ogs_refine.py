@@ -156,6 +156,8 @@ def test_an_episode_is_measured_at_even_places_and_always_at_its_end():
 
     with pytest.raises(InvalidArgument, match="losses must be above 0 at the start, got 0 "):
         drive(Flat(), batches, "kl", 1)
+    with pytest.raises(InvalidArgument, match="an episode on the Navigator must have a step, got none"):
+        drive(Countdown(), [], "kl", 1)
 
 
 def test_factors_are_never_negative():

@@ -246,6 +246,8 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     price, limit, batch = _prices(pool, budget, ogs.batch)
 
     useful = budget.take(best_first(utility, by_id), pool)
+    if not len(useful):
+        raise InvalidArgument(f"budget must pay for the most useful candidate, got {budget}; raise it")
     members = torch.full_like(group, -1).index_fill(0, useful, 0)
     sums = unit_sums(directions, members, 1)
     losses = Surface.loss(problem.targets, utility), Surface.loss(problem.anchors, keep)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsieve.selectors.ogs_policy import Trained
+from gradsieve.selectors.ogs_policy import Trained, standing
 from gradsieve.selectors.ogs_simulator import Simulator
 
 Prediction = tuple[float, float]
@@ -48,7 +48,7 @@ def trace(
         "steps": {"cluster": list(run.clusters), "reward": list(run.rewards), "cost": list(run.costs)},
         "clusters": clusters,
         "simulated": {name: {"reward": reward, "cost": cost} for name, (reward, cost) in predicted.items()},
-        "replay_share": sum(c["drawn"] for c in clusters if c["replay"]) / len(rows),
+        "replay_share": sum(c["drawn"] for c in clusters if c["replay"]) / len(rows) if len(rows) else 0.0,
         "best_round": trained.best,
         "policy_lambda": trained.run.multiplier * sim.reward_scale / sim.epsilon,
         "epsilon": sim.epsilon,
@@ -95,7 +95,7 @@ def policy_notes(constraint: str, epsilon: float, trained: Trained, predicted: d
             "so the bound did not shape the choice; to let it: a lower --epsilon"
         )
     for name, what in RULES.items():
-        if not _beats((reward, cost), predicted[name], epsilon):
+        if not standing(predicted["ogs"], epsilon) > standing(predicted[name], epsilon):
             notes.append(
                 f"the policy did not beat the threshold rule {what} ({name}) in the simulator: reward {reward:.4g} at cost "
                 f"{cost:.4g}, the rule {predicted[name][0]:.4g} at {predicted[name][1]:.4g}, epsilon {epsilon:.4g}; "
@@ -125,16 +125,9 @@ def navigator_notes(constraint: str, epsilon: float, measured: dict[str, Predict
             "lower the budget or --navigator-rate, add replay examples, or raise --epsilon"
         )
     for name in ("threshold", "random"):
-        if not _beats((reward, cost), measured[name], epsilon):
+        if not standing(measured["ogs"], epsilon) > standing(measured[name], epsilon):
             notes.append(
                 f"on the Navigator the policy did not beat {name}: reward {reward:.4g} at cost {cost:.4g}, {name} "
                 f"{measured[name][0]:.4g} at {measured[name][1]:.4g}, epsilon {epsilon:.4g}"
             )
     return notes
-
-
-def _beats(a: Prediction, b: Prediction, epsilon: float) -> bool:
-    """Returns whether a keeps the bound and b does not, or both do and a's reward is larger, or neither and a costs less."""
-    if (a[1] <= epsilon) != (b[1] <= epsilon):
-        return a[1] <= epsilon
-    return a[0] > b[0] if a[1] <= epsilon else a[1] < b[1]

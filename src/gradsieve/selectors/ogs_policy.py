@@ -182,7 +182,7 @@ def train(sim: Simulator, ppo: PPO, rng: torch.Generator) -> Trained:
         history: dict[str, list[float]] = {
             k: [] for k in ("lambda", "reward/sampled", "cost/sampled", "reward/greedy", "cost/greedy")
         }
-        best: tuple[tuple[bool, float], Trained] | None = None
+        best: Trained | None = None
         for update in range(ppo.updates):
             optimizer.param_groups[0]["lr"] = ppo.learning_rate * (1 - update / ppo.updates)
             batch = _collect(sim, actor, critics, ppo, multiplier, rng)
@@ -192,12 +192,17 @@ def train(sim: Simulator, ppo: PPO, rng: torch.Generator) -> Trained:
             for name, value in zip(history, (multiplier * unit, *batch.means, reward, cost), strict=True):
                 history[name].append(value)
             for run in runs:
-                rank = (True, run.total[0]) if run.total[1] <= sim.epsilon else (False, -run.total[1])
-                if best is None or rank > best[0]:
-                    best = rank, Trained(copy.deepcopy(actor), run, update, history)
+                if best is None or standing(run.total, sim.epsilon) > standing(best.run.total, sim.epsilon):
+                    best = Trained(copy.deepcopy(actor), run, update, history)
             multiplier = max(0.0, multiplier + ppo.multiplier_rate * min(cost / sim.epsilon - 1, 1.0))
         assert best is not None
-        return best[1]
+        return best
+
+
+def standing(outcome: tuple[float, float], epsilon: float) -> tuple[bool, float]:
+    """Returns the place of a reward and a cost, the larger the better: within the bound by reward, beyond it by least cost."""
+    reward, cost = outcome
+    return (True, reward) if cost <= epsilon else (False, -cost)
 
 
 def play(sim: Simulator, actor: Actor, multipliers: Tensor) -> list[Run]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.selectors.ogs_policy import PPO, Trained, train
+from gradsieve.selectors.ogs_policy import PPO, Trained, standing, train
 from gradsieve.selectors.ogs_simulator import Simulator, advance, begin, outlook
 from gradsieve.types import Cost, Navigator
 
@@ -82,8 +82,12 @@ def drive(navigator: Navigator, batches: Sequence[Tensor], cost: Cost, points: i
         points: At least 1: the end; at most the number of batches count.
 
     Raises:
-        InvalidArgument: A loss at the start is not above 0, so that nothing can be relative to it.
+        InvalidArgument: There is no batch; or a loss at the start is not above 0, so that nothing can be relative to it.
     """
+    if not batches:
+        raise InvalidArgument(
+            "an episode on the Navigator must have a step, got none: its first row is above the budget; raise it"
+        )
     navigator.reset()
     domain, general = navigator.losses(cost)
     if not domain > 0 or (cost != "kl" and not general > 0):
@@ -187,7 +191,7 @@ def refine(
             break  # nothing that the simulator knows led to a gain: training again would be blind
         if number + 1 < rounds:
             trained = train(current, ppo, rng)
-    best = max(range(len(played)), key=lambda i: _rank(played[i][1], sim.epsilon))
+    best = max(range(len(played)), key=lambda i: standing(played[i][1].total, sim.epsilon))
     return Refined(current, played[best][0], scales, tuple(played), best)
 
 
@@ -224,8 +228,3 @@ def account(refined: Refined, sim: Simulator) -> dict[str, Any]:
             "harm": refined.scales.harm,
         },
     }
-
-
-def _rank(episode: Episode, epsilon: float) -> tuple[bool, float]:
-    reward, cost = episode.total
-    return (True, reward) if cost <= epsilon else (False, -cost)
