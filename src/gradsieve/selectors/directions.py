@@ -139,8 +139,9 @@ def marginal_relevance(
             stale = stale[seen[stale] < step]
             for start in seen[stale].unique().tolist():
                 group = stale[seen[stale] == start]
-                closest = (directions.rows(among[group]) @ chosen[start:step].double().T).amax(1)
-                nearest[group] = nearest[group].maximum(closest)
+                recent = chosen[start:step].double().T
+                closest = [(directions.rows(part) @ recent).amax(1) for part in among[group].split(4096)]
+                nearest[group] = nearest[group].maximum(torch.cat(closest))
                 bound[group] = relevance[group] - weight * nearest[group]
                 seen[group] = step
             width *= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from gradsieve.selectors.directions import Directions, on_grid
 from gradsieve.selectors.g2is_walk import Component, Shortfall, walk
 from gradsieve.selectors.graph import VISITS, Neighbours, exact_graph, faiss_lists, follow, lists_on_demand
 from gradsieve.selectors.ranking import id_order, length_check
-from gradsieve.selectors.reading import check_warmup, require, zero_note
+from gradsieve.selectors.reading import check_choice, check_warmup, require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection, Warmup
 
 Mode = Literal["aligned", "paper"]
@@ -80,13 +80,9 @@ class G2IS:
     source: ClassVar[str] = "Zhao et al. 2025, arXiv:2502.11062"
 
     def __post_init__(self) -> None:
-        for name, value, kind in (
-            ("mode", self.mode, Mode),
-            ("graph", self.graph, Graph),
-            ("on_shortfall", self.on_shortfall, Shortfall),
-        ):
-            if value not in get_args(kind):
-                raise InvalidArgument(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        check_choice("mode", self.mode, Mode)
+        check_choice("graph", self.graph, Graph)
+        check_choice("on_shortfall", self.on_shortfall, Shortfall)
         if not 0 < self.explained <= 1:
             raise InvalidArgument(f"explained must lie in (0, 1], got {self.explained}; 0.5 is the paper's")
         if not 0 <= self.delta <= 1:

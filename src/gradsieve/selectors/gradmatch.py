@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.dense import mean_gradient, rows_of
 from gradsieve.selectors.omp import Match, match_gradient
 from gradsieve.selectors.ranking import id_order, length_check
-from gradsieve.selectors.reading import require, zero_note
+from gradsieve.selectors.reading import check_choice, require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 Matched = Literal["target", "pool"]
@@ -106,8 +106,7 @@ class GradMatch:
 
 def check_match(match: str, lam: float, tolerance: float) -> None:
     """Raises InvalidArgument unless these are settings of GRAD-MATCH."""
-    if match not in get_args(Matched):
-        raise InvalidArgument(f"match must be one of {', '.join(get_args(Matched))}, got {match!r}")
+    check_choice("match", match, Matched)
     if not 0 <= lam < math.inf:
         raise InvalidArgument(f"lam must be at least 0 and finite, got {lam}; 0.5 is the paper's")
     if not 0 <= tolerance < 1:

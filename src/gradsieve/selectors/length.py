@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
-from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.ranking import best_first, id_order, pay
-from gradsieve.selectors.reading import require
+from gradsieve.selectors.reading import check_choice, require
 from gradsieve.types import Budget, Problem, Selection
 
 Prefer = Literal["long", "short"]
@@ -37,8 +36,7 @@ class Length:
     source: ClassVar[str] = "Zhao et al. 2024, arXiv:2402.04833"
 
     def __post_init__(self) -> None:
-        if self.prefer not in get_args(Prefer):
-            raise InvalidArgument(f"prefer must be one of {', '.join(get_args(Prefer))}, got {self.prefer!r}")
+        check_choice("prefer", self.prefer, Prefer)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -94,6 +94,7 @@ class LESS:
             similarity += share * candidates.products(means)
             zero |= candidates.zero
             zero_targets |= without
+            del candidates  # or the next checkpoint's sketches would be held beside these
         notes = zero_note(pool, zero, "less") + zero_note(targets, zero_targets, "less", "targets")
         best = similarity.max(1)
         scores = best.values.where(~zero, torch.nan)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.ranking import best_first, id_order, length_check, pay
-from gradsieve.selectors.reading import require
+from gradsieve.selectors.reading import check_choice, require
 from gradsieve.types import Budget, Problem, Selection
 
 Prefer = Literal["high", "low"]
@@ -39,8 +39,7 @@ class Metadata:
     def __post_init__(self) -> None:
         if not self.column or set(self.column) & set("*?["):
             raise InvalidArgument(f"column must name one number of the examples, got {self.column!r}; write for example rating")
-        if self.prefer not in get_args(Prefer):
-            raise InvalidArgument(f"prefer must be one of {', '.join(get_args(Prefer))}, got {self.prefer!r}")
+        check_choice("prefer", self.prefer, Prefer)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -30,14 +30,12 @@ class Turns:
         taker: For each, the target that took it, int64 [k].
         similarity: For each, its cosine to that target, float64 [k].
         best: For every candidate its largest cosine to a target, float64 [n]; NaN where it has no direction.
-        zero_targets: bool [m]: targets without a direction, which take nothing.
     """
 
     rows: Tensor
     taker: Tensor
     similarity: Tensor
     best: Tensor
-    zero_targets: Tensor
 
 
 def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> Turns:
@@ -75,7 +73,7 @@ def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> T
             break
         length = min(2 * length, len(among))
     rows, taker, similarity = taken
-    return Turns(rows, alive[taker], similarity, best.where(~candidates.zero, torch.nan), targets.zero)
+    return Turns(rows, alive[taker], similarity, best.where(~candidates.zero, torch.nan))
 
 
 def _lists(candidates: Directions, T: Tensor, among: Tensor, length: int) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
