@@ -26,6 +26,7 @@ from gradsieve.data import row_fields
 from gradsieve.job import Job
 from gradsieve.pipeline import extract
 from gradsieve.selectors import OGSStatic
+from gradsieve.selectors.ranking import spearman
 from gradsieve.selectors.reading import cosines
 from gradsieve.types import Example
 
@@ -144,8 +145,7 @@ def report(problem: gs.Problem, kinds: Sequence[str]) -> dict[tuple[str, str], f
         for kind in ("swapped", "off-domain", "false-arithmetic"):
             table[name, kind] = auc(suspect, where[kind], where["clean"])
         table[name, "false/right arithmetic"] = auc(suspect, where["false-arithmetic"], where["right-arithmetic"])
-        ranks = [v.argsort().argsort().double() for v in (suspect, length)]
-        table[name, "rank corr. with length"] = float(torch.corrcoef(torch.stack(ranks))[0, 1])
+        table[name, "rank corr. with length"] = spearman(suspect, length)
     return table
 
 

@@ -1,6 +1,7 @@
 """What selecting costs: seconds and peak memory of every method, and the two solvers beside what others use.
 
-    python benchmarks/selection.py                          every method, 10,000 and 100,000 x 1024, 1 % chosen
+    python benchmarks/selection.py                          every method but embedding and ogs (benchmarks/ogs.py
+                                                            measures that), 10,000 and 100,000 x 1024, 1 % chosen
     python benchmarks/selection.py --rows 1000000           a larger pool
     python benchmarks/selection.py --methods g2is gradmatch some of them
     python benchmarks/selection.py --solvers                matching pursuit beside scikit-learn's, the gradient walk beside a
