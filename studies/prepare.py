@@ -58,8 +58,20 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="folder with DOMAIN.train.jsonl.gz and DOMAIN.test.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one pool per seed")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the pools and their faults, relative to those above")
+    parser.add_argument("--target", type=int, default=TARGET, help="rows of each target")
+    parser.add_argument("--anchor", type=int, default=ANCHOR, help="rows of the anchor per ability")
     arguments = parser.parse_args()
-    prepare(arguments.source, arguments.out, arguments.seeds)
+    prepare(
+        arguments.source,
+        arguments.out,
+        arguments.seeds,
+        {
+            **{kind: round(count * arguments.scale) for kind, count in {"sound": SOUND, **FAULTS}.items()},
+            "target": arguments.target,
+            "anchor": arguments.anchor,
+        },
+    )
 
 
 def prepare(source: Path, out: Path, seeds: Sequence[int], sizes: Mapping[str, int] | None = None) -> None:
