@@ -32,6 +32,7 @@ class Compare:
         dry_run: List the cells with the time each will take, from a short measurement, and stop.
         drop_leaks: Take examples that stand on two sides out, and list them, in place of refusing.
         minutes: Begin no cell after so many minutes.
+        only: Arms whose cells are run now, with the untouched model; the others are left for later. All by default.
     """
 
     config: Annotated[str, tyro.conf.Positional]
@@ -40,6 +41,7 @@ class Compare:
     dry_run: bool = False
     drop_leaks: bool = False
     minutes: float | None = None
+    only: tuple[str, ...] = ()
 
     def ready(self) -> Comparison:
         """Reads the file and the data."""
@@ -53,7 +55,7 @@ class Compare:
         def told(finished: Finished, done: int, total: int, seconds_left: float | None) -> None:
             say(told_line(finished, done, total, seconds_left))
 
-        return comparison.run(progress=progress, told=told, minutes=self.minutes)
+        return comparison.run(progress=progress, told=told, minutes=self.minutes, only=self.only)
 
 
 def told_line(finished: Finished, done: int, total: int, seconds_left: float | None) -> str:

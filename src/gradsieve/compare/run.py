@@ -94,7 +94,9 @@ class Comparison:
                 if any(reads_set(need, role) for need in needs) and not getattr(self.config, role):
                     raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
 
-    def run(self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None) -> list[Finished]:
+    def run(
+        self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None, only: Sequence[str] = ()
+    ) -> list[Finished]:
         """Does every cell that is not finished, and gathers the results.
 
         Several processes may work on one folder: each takes cells that no other is at.
@@ -103,18 +105,24 @@ class Comparison:
             progress: Is told how far a cell's stages are.
             told: Is told of every cell that is finished here.
             minutes: No cell is begun after so many minutes.
+            only: Names of the arms whose cells are run now, beside the untouched model's; all by default.
 
         Returns:
             The finished cells, in order.
 
         Raises:
-            InvalidArgument: The folder holds a cell that was made with other settings.
+            InvalidArgument: `only` names no arm, or the folder holds a cell that was made with other settings.
         """
         started = time.monotonic()
+        for name in only:
+            if name not in (names := [arm.name for arm in self.config.arms]):
+                raise InvalidArgument(f"only must name arms ({', '.join(names)}), got {name!r}")
         self._open()
         model: Any = None
         base: KeptBase | None = None
         for cell in self.cells:
+            if only and cell.arm not in (BASE, *only):
+                continue
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
             with _claimed(cell_folder(self.study, cell)) as ours:
