@@ -242,6 +242,18 @@ def test_no_cell_is_begun_after_the_minutes(config: Config) -> None:
     assert Comparison.of(config).run(minutes=0) == []
 
 
+def test_some_arms_can_be_run_first(config: Config) -> None:
+    config = dataclasses.replace(config, seeds=(0,))
+    comparison = Comparison.of(config)
+    with pytest.raises(InvalidArgument, match=r"only must name arms \(.*less.*\), got 'les'"):
+        comparison.run(only=["les"])
+    assert not comparison.study.exists()
+    assert [one.cell.arm for one in comparison.run(only=["random"])] == ["base", "random"]
+    assert "3 cells are not finished" in (comparison.study / "summary.md").read_text()
+    done = comparison.run(only=["full"])
+    assert [one.cell.arm for one in done] == ["base", "full", "random"]
+
+
 def test_examples_that_leak_are_refused_or_dropped_and_listed(content: dict[str, Any], tmp_path: Path) -> None:
     pool = Path(content["pool"])
     line = json.loads(Path(content["tests"]["asked"]["files"]).read_text().splitlines()[0]) | {"id": "stolen"}
