@@ -113,6 +113,19 @@ def test_a_second_run_does_nothing(finished: Comparison, monkeypatch: pytest.Mon
     assert stamps(finished.study / "cells") == before
 
 
+def test_what_a_study_keeps_in_git_is_enough_to_go_on(finished: Comparison, tmp_path: Path) -> None:
+    ignored = (Path(__file__).parents[2] / "studies" / "results" / ".gitignore").read_text().split()
+    assert ignored
+    shutil.copytree(finished.study, tmp_path / "study", ignore=shutil.ignore_patterns(*(name.rstrip("/") for name in ignored)))
+    assert not (tmp_path / "study" / "stores").exists()
+    config = dataclasses.replace(finished.config, out=str(tmp_path / "study"))
+    told: list[Finished] = []
+    done = Comparison.of(config).run(told=lambda one, *_: told.append(one))
+    assert told == []
+    assert len(done) == len(finished.cells)
+    assert (tmp_path / "study" / "report.html").exists()
+
+
 def copied(finished: Comparison, tmp_path: Path) -> Config:
     shutil.copytree(finished.study, tmp_path / "study")
     return dataclasses.replace(finished.config, out=str(tmp_path / "study"))
