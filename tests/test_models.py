@@ -3,11 +3,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from gradsieve.gradients.adam import SAFE
-from gradsieve.models import find_model, hash_weights, weight_count
+from gradsieve.models import find_model, hash_weights, resolve_dtype, weight_count
 
 
 def test_moments_beside_the_weights_are_none_of_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -21,3 +22,16 @@ def test_moments_beside_the_weights_are_none_of_them(tiny_model: Path, tmp_path:
     assert weight_count(folder) == facts[0] + 7
     assert facts[1] != hash_weights(folder)
     assert facts[2] != find_model(folder).weights
+
+
+def test_bfloat16_is_warned_of_where_the_processor_emulates_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gradsieve.models._fast_bfloat16", lambda device: False)
+    assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert "take float32 or auto" in caplog.text
+    caplog.clear()
+    assert resolve_dtype("auto", "cpu") == torch.float32
+    monkeypatch.setattr("gradsieve.models._fast_bfloat16", lambda device: True)
+    assert resolve_dtype("bfloat16", "cpu") == resolve_dtype("auto", "cpu") == torch.bfloat16
+    assert not caplog.text

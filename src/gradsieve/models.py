@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import xxhash
 
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.foreign import known_renames
+
+log = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -153,9 +156,14 @@ def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, tr
 
 
 def resolve_dtype(dtype: DType, device: str) -> torch.dtype:
-    """Returns the compute type; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """Returns the compute type; `auto` is bfloat16 where the hardware multiplies it natively, else float32.
+
+    A warning is logged where bfloat16 is asked for of a processor that has no instructions for it.
+    """
     if dtype == "auto":
         dtype = "bfloat16" if _fast_bfloat16(device) else "float32"
+    elif dtype == "bfloat16" and device == "cpu" and not _fast_bfloat16(device):
+        log.warning("bfloat16 is many times slower than float32 on this processor, which emulates it; take float32 or auto")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
 
 
@@ -238,6 +246,7 @@ def _load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def _adapter_base(folder: Path) -> Path | None:
     """Returns the base model's folder where `folder` holds a PEFT adapter."""
     import json
+import logging
 
     config = folder / "adapter_config.json"
     if not config.exists():
