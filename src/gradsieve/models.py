@@ -246,7 +246,6 @@ def _load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def _adapter_base(folder: Path) -> Path | None:
     """Returns the base model's folder where `folder` holds a PEFT adapter."""
     import json
-import logging
 
     config = folder / "adapter_config.json"
     if not config.exists():
