@@ -9,7 +9,7 @@ from typing import Literal
 
 from gradsieve.data import Format
 from gradsieve.data.corrupt import How
-from gradsieve.data.dedup import Dedup
+from gradsieve.data.dedup import THRESHOLD, Dedup
 from gradsieve.extraction import REFERENCE_MEMORY
 from gradsieve.models import DType
 from gradsieve.types import Example
@@ -51,7 +51,8 @@ class Job:
         unit_tokens: Tokens in one shard of the store: what a kill can cost at most.
         dedup: Leave out, before anything else, examples of the pool that repeat another one: off; exact (the same text); near
             (nearly the same words). The one with the smallest id stays.
-        dedup_threshold: How like near-duplicates are at least: share of runs of 4 letters that they have in common, in (0, 1].
+        dedup_threshold: How like near-duplicates are at least: share of runs of 4 letters that they have in common, rare ones
+            counting more, in (0, 1].
         seed: Seed of everything random.
         store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
             without one, a folder of the cache (`$GRADSIEVE_CACHE`, `~/.cache/gradsieve`).
@@ -84,7 +85,7 @@ class Job:
     reference_memory: int = REFERENCE_MEMORY
     unit_tokens: int = 8192
     dedup: Dedup = "off"
-    dedup_threshold: float = 0.7
+    dedup_threshold: float = THRESHOLD
     seed: int = 0
     store: str | None = None
     warmup_recipe: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import sys
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsieve.data.dedup import _jaccard, banding, find_duplicates, shingles
+from gradsieve.data.dedup import THRESHOLD, banding, find_duplicates, rarity, shingles
 from gradsieve.errors import InvalidArgument, MissingExtra
 from gradsieve.types import Example
 
@@ -19,21 +21,32 @@ def example(id, text, answer="Yes."):
     return Example(id, messages, b"", f"x:{id}")
 
 
+def likeness_naive(pool):
+    """Jaccard indices of all pairs, a shingle in s of n texts weighing round(log2(1 + n/s))."""
+    sets = [set(shingles(f"{e.messages[0]['content']}\n{e.messages[1]['content']}").tolist()) for e in pool]
+    weight = {x: round(math.log2(1 + len(sets) / sum(x in s for s in sets))) for x in set.union(*sets)}
+    return [[sum(weight[x] for x in a & b) / sum(weight[x] for x in a | b) for b in sets] for a in sets]
+
+
 def dedup_naive(examples, threshold):
     """Goes through the pool by id and drops what is like any that stays; the most like one, then the smaller id, is named."""
-    sets = [set(shingles(f"{e.messages[0]['content']}\n{e.messages[1]['content']}").tolist()) for e in examples]
-    stays, gone = [], {}
+    first = {}
     for i in sorted(range(len(examples)), key=lambda i: examples[i].id):
-        like = [(len(sets[i] & sets[j]) / len(sets[i] | sets[j]), j) for j in stays]
-        like = [(x, j) for x, j in like if x >= threshold]
+        first.setdefault(str(examples[i].messages), i)
+    copies = {i: first[str(e.messages)] for i, e in enumerate(examples) if first[str(e.messages)] != i}
+    pool = [i for i in sorted(range(len(examples)), key=lambda i: examples[i].id) if i not in copies]
+    likeness = likeness_naive([examples[i] for i in pool])
+    stays, gone = [], {}
+    for a, i in enumerate(pool):
+        like = [b for b in stays if likeness[a][b] >= threshold]
         if like:
-            gone[i] = min(like, key=lambda pair: (-pair[0], examples[pair[1]].id))[1]
+            gone[i] = pool[min(like, key=lambda b: (-likeness[a][b], examples[pool[b]].id))]
         else:
-            stays.append(i)
-    return gone
+            stays.append(a)
+    return gone | {i: gone.get(of, of) for i, of in copies.items()}
 
 
-def found(examples, how, threshold=0.7):
+def found(examples, how, threshold=THRESHOLD):
     return {d.position: d.of for d in find_duplicates(examples, how, threshold)}
 
 
@@ -59,12 +72,32 @@ def test_roles_and_the_borders_of_turns_count_for_the_same_text():
 
 def test_a_chain_of_likeness_does_not_run_off_and_a_copy_follows_the_one_it_repeats():
     a, b, c = "abcdefghijklmnop", "abcdefghijklmnopqrst", "abcdefghijklmnopqrstuvwx"
-    texts = [(a, b), (b, c), (a, c)]
-    ab, bc, ac = (_jaccard(shingles(f"{x}\nYes."), shingles(f"{y}\nYes.")) for x, y in texts)
+    likeness = likeness_naive([example("1", a), example("2", b), example("3", c)])
+    ab, bc, ac = likeness[0][1], likeness[1][2], likeness[0][2]
     assert ac < min(ab, bc)
     between = (ac + min(ab, bc)) / 2
     pool = [example("1", a), example("2", b), example("3", c), example("4", b)]
     assert found(pool, "near", between) == {1: 0, 3: 0}  # 3 is like 2 and not like 1, which stays
+
+
+def test_a_rewording_is_more_like_than_another_fact_in_the_same_template():
+    rng = random.Random(0)
+    names = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=24)) for _ in range(60)]
+    pool = [
+        example(f"{i:02d}", f"Which of the treatments for adults are known to help against {name} today?", f"See {name}.")
+        for i, name in enumerate(names)
+    ]
+    pool.append(example("60", f"Tell me how {names[7]} is treated.", f"Look up {names[7]}."))
+    plain = [set(shingles(f"{e.messages[0]['content']}\n{e.messages[1]['content']}").tolist()) for e in pool]
+    unweighted = [len(plain[7] & p) / len(plain[7] | p) for p in plain]
+    assert unweighted[60] < max(unweighted[:7])
+    assert found(pool, "near", 0.27) == {60: 7}
+
+
+def test_what_all_texts_have_weighs_one_and_what_one_has_weighs_most():
+    texts, weight = rarity([np.array([5, i], dtype=np.uint64) for i in range(10, 17)])
+    assert [text.tolist() for text in texts] == [[0, i] for i in range(1, 8)]
+    assert weight.tolist() == [1] + [3] * 7  # log2(1 + 7/7), log2(1 + 7/1)
 
 
 words = st.lists(st.sampled_from(["fever", "rash", "cats", "heart", "lungs", "a", "b", "of the"]), min_size=1, max_size=8)
@@ -72,9 +105,9 @@ words = st.lists(st.sampled_from(["fever", "rash", "cats", "heart", "lungs", "a"
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(words, min_size=1, max_size=12), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]), st.randoms())
-def test_what_goes_is_what_all_pairs_say(texts, threshold, random):
+def test_what_goes_is_what_all_pairs_say(texts, threshold, shuffled):
     names = [f"{i:02d}" for i in range(len(texts))]
-    random.shuffle(names)
+    shuffled.shuffle(names)
     pool = [example(name, " ".join(text)) for name, text in zip(names, texts, strict=True)]
     assert found(pool, "near", threshold) == dedup_naive(pool, threshold)
 
@@ -106,7 +139,7 @@ def test_settings_that_break_a_rule_and_a_missing_package_are_named(monkeypatch)
     with pytest.raises(InvalidArgument, match=r"dedup_threshold must lie in \(0, 1\], got 0"):
         find_duplicates([], "near", 0)
     with pytest.raises(InvalidArgument, match="dedup must be one of off, exact, near, got 'fuzzy'"):
-        find_duplicates([], "fuzzy", 0.7)
+        find_duplicates([], "fuzzy", 0.5)
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(MissingExtra, match=r"pip install 'gradsieve\[text\]'"):
         find_duplicates([example("a", "x")], "near", 0.7)
@@ -114,16 +147,17 @@ def test_settings_that_break_a_rule_and_a_missing_package_are_named(monkeypatch)
 
 @pytest.mark.demo
 @pytest.mark.parametrize("seed", range(3))
-def test_most_of_the_demos_planted_near_duplicates_are_found(seed):
+def test_nearly_all_of_the_demos_planted_near_duplicates_are_found_and_no_sound_row_goes(seed):
     from gradsieve.data import row_fields
     from gradsieve.demo import demo_set
 
     pool = demo_set("pool", "demo:400", seed)
     kinds = [row_fields(e).get("planted") for e in pool]
     assert kinds.count("near-duplicate") == 28
-    careful = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", 0.7)]
-    assert 3 <= sum("near-duplicate" in pair for pair in careful) <= 6
-    pairs = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", 0.5)]
-    assert 20 <= sum("near-duplicate" in pair for pair in pairs) <= 25  # of each pair the smaller id stays
+    pairs = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", THRESHOLD)]
+    assert 26 <= sum("near-duplicate" in pair for pair in pairs) <= 28  # of each pair the smaller id stays
     others = [pair for pair in pairs if "near-duplicate" not in pair]
-    assert sum(pair == {"false-arithmetic"} for pair in others) > 0.8 * len(others)  # one template, other numbers
+    assert all(pair == {"false-arithmetic"} for pair in others)  # one template, other numbers: no sound row goes
+    assert len(others) <= 7
+    careful = [{kinds[d.position], kinds[d.of]} for d in find_duplicates(pool, "near", 0.7)]
+    assert 5 <= sum("near-duplicate" in pair for pair in careful) == len(careful) <= 11

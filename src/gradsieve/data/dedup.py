@@ -3,6 +3,9 @@
 The example with the smallest id stays; one that repeats it goes. Going through the pool by id, an example goes if it is like
 one that stays, so that every example that goes has one that stays at least as like as the threshold, and chains of likeness
 (a like b, b like c) do not run off.
+
+Likeness is the Jaccard index of the texts' shingles, runs of letters, each weighed by how rare it is in the pool. Unweighted,
+two questions of one template with other facts are more alike than a text and its rewording.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from gradsieve.types import Example
 
 Dedup = Literal["off", "exact", "near"]
 
+THRESHOLD = 0.5
+"""Likeness from which examples are near-duplicates; docs/methods/README.md says what it finds and what it costs."""
 SHINGLE = 4
 """Letters in a shingle: short enough that a changed word changes few of them, long enough that chance shares few."""
 PERMUTATIONS = 128
@@ -39,7 +44,7 @@ class Duplicate:
     Attributes:
         position: Its index in the examples.
         of: Index of the one that stays.
-        likeness: Jaccard index of their shingles; 1 for the same text.
+        likeness: Jaccard index of their shingles, weighed by rarity; 1 for the same text.
         copy: Whether it is the same text.
     """
 
@@ -58,8 +63,8 @@ def find_duplicates(examples: Sequence[Example], how: Dedup, threshold: float) -
 
     Args:
         examples: The pool.
-        how: `exact`: the same text of every turn; `near`: texts whose shingles of 4 letters have a Jaccard index of at least
-            the threshold, letter case, punctuation and spacing left out; `off`: none.
+        how: `exact`: the same text of every turn; `near`: texts whose shingles of 4 letters, weighed by `rarity`, have a
+            Jaccard index of at least the threshold, letter case, punctuation and spacing left out; `off`: none.
         threshold: In (0, 1]; read with `near` only.
 
     Returns:
@@ -96,7 +101,7 @@ def check_dedup(how: str, threshold: float) -> None:
     if how not in get_args(Dedup):
         raise InvalidArgument(f"dedup must be one of {', '.join(get_args(Dedup))}, got {how!r}")
     if not 0 < threshold <= 1:
-        raise InvalidArgument(f"dedup_threshold must lie in (0, 1], got {threshold}; 0.7 is the default")
+        raise InvalidArgument(f"dedup_threshold must lie in (0, 1], got {threshold}; {THRESHOLD} is the default")
 
 
 def banding(threshold: float) -> tuple[int, int]:
@@ -119,6 +124,16 @@ def shingles(text: str) -> npt.NDArray[np.uint64]:
     return np.array(sorted(xxhash.xxh3_64_intdigest(run.encode()) for run in runs), dtype=np.uint64)
 
 
+def rarity(texts: Sequence[npt.NDArray[np.uint64]]) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Returns the texts with their shingles numbered 0, 1, …, and the weight of each: round(log2(1 + n/texts it is in)).
+
+    Whole numbers from 1 on, so that a shingle of weight w can stand for w elements, and MinHash for the weighted index.
+    """
+    _, numbered, count = np.unique(np.concatenate(texts), return_inverse=True, return_counts=True)
+    weight = np.rint(np.log2(1 + len(texts) / count)).astype(np.int64)
+    return np.split(numbered, np.cumsum([len(text) for text in texts])[:-1]), weight
+
+
 def _key(example: Example) -> bytes:
     hasher = xxhash.xxh3_128()
     for turn in example.messages:
@@ -133,24 +148,41 @@ def _near(examples: Sequence[Example], stays: Sequence[int], threshold: float) -
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise MissingExtra("dedup near needs the package datasketch; pip install 'gradsieve[text]'") from None
-    bands = banding(threshold)
-    index = MinHashLSH(num_perm=PERMUTATIONS, params=bands)
-    kept: dict[int, npt.NDArray[np.uint64]] = {}
+    if not stays:
+        return []
+    numbered, weight = rarity([shingles(text_of(examples[i])) for i in stays])
+    texts = dict(zip(stays, numbered, strict=True))
+    total = {i: int(weight[text].sum()) for i, text in texts.items()}
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=banding(threshold))
+    own = np.zeros(len(weight), dtype=np.int64)
     found = []
     for i in stays:
-        own = shingles(text_of(examples[i]))
+        text = texts[i]
         signature = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
-        signature.update_batch((own & np.uint64(0xFFFFFFFF)).tolist())
-        likeness = {int(j): _jaccard(own, kept[int(j)]) for j in index.query(signature)}
-        best = min(likeness, key=lambda j: (-likeness[j], examples[j].id), default=None)
-        if best is not None and likeness[best] >= threshold:
-            found.append(Duplicate(i, best, likeness[best], False))
+        signature.update_batch(_elements(text, weight[text]))
+        others = sorted((int(j) for j in index.query(signature)), key=lambda j: examples[j].id)
+        own[text] = weight[text]
+        shared = _sums(own, [texts[j] for j in others])
+        own[text] = 0
+        likeness = shared / (total[i] + np.array([total[j] for j in others]) - shared)
+        best = int(likeness.argmax()) if others else -1  # the first of equals
+        if others and likeness[best] >= threshold:
+            found.append(Duplicate(i, others[best], float(likeness[best]), False))
         else:
             index.insert(i, signature)
-            kept[i] = own
     return found
 
 
-def _jaccard(a: npt.NDArray[np.uint64], b: npt.NDArray[np.uint64]) -> float:
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / (len(a) + len(b) - shared)
+def _elements(text: npt.NDArray[np.int64], weight: npt.NDArray[np.int64]) -> list[int]:
+    """Returns the numbers below 2³² that stand for a text, w of them for a shingle of weight w."""
+    copy = np.arange(weight.sum()) - np.repeat(weight.cumsum() - weight, weight)
+    mixed = (np.repeat(text, weight) * 64 + copy).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return list((mixed >> np.uint64(32)).tolist())
+
+
+def _sums(values: npt.NDArray[np.int64], texts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Returns the sum of the values of the shingles of each text: int64 [len(texts)]."""
+    if not texts:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.cumsum([0, *map(len, texts[:-1])])
+    return np.asarray(np.add.reduceat(values[np.concatenate(texts)], starts))
