@@ -1,5 +1,7 @@
 """What OGS's scores find, planted faults known: `python benchmarks/ogs_probe.py [--data FOLDER] [--seeds 3] [--size 240]`.
 
+`--target`, `--anchor` and `--max-length` make it smaller.
+
 Without --data: the demo's medical pool, target and anchor. With a folder of `medicine.train.jsonl.gz`, `law.…`, `general.…` and
 `math.…` (rows with id, prompt, completion): questions on health, of which some get another question's answer, some are legal
 definitions (off-domain), some are worked problems in which one operation is wrong.
@@ -63,7 +65,7 @@ def plain(answer: str) -> str:
     return re.sub(r"<<[^>]*>>", "", answer)
 
 
-def from_folder(folder: Path, size: int, seed: int) -> dict[str, list[Example]]:
+def from_folder(folder: Path, size: int, target_size: int, anchor_size: int, seed: int) -> dict[str, list[Example]]:
     """Returns pool, target and anchor; no topic of the target is in the pool."""
     rng = random.Random(seed)
     rows = {name: read(folder, name) for name in ("medicine", "law", "general", "math")}
@@ -73,7 +75,7 @@ def from_folder(folder: Path, size: int, seed: int) -> dict[str, list[Example]]:
     topics = sorted({str(row.get("topic")) for row in medicine})
     rng.shuffle(topics)
     held_out = set(topics[: len(topics) // 4])
-    target = [row for row in medicine if str(row.get("topic")) in held_out][:48]
+    target = [row for row in medicine if str(row.get("topic")) in held_out][:target_size]
     sound = [row for row in medicine if str(row.get("topic")) not in held_out][:size]
     count = int(SHARE * size)
     swapped, clean = sound[:count], sound[count : size - 2 * count]
@@ -89,10 +91,11 @@ def from_folder(folder: Path, size: int, seed: int) -> dict[str, list[Example]]:
     rng.shuffle(kinds)
     anchor = [
         example(f"math-{i}", r["prompt"], plain(r["completion"]), category="arithmetic")
-        for i, r in enumerate(rows["math"][:100])
+        for i, r in enumerate(rows["math"][: anchor_size // 2])
     ]
     anchor += [
-        example(f"gen-{i}", r["prompt"], r["completion"], category="knowledge") for i, r in enumerate(rows["general"][:100])
+        example(f"gen-{i}", r["prompt"], r["completion"], category="knowledge")
+        for i, r in enumerate(rows["general"][: anchor_size // 2])
     ]
     return {
         "pool": [example(f"pool-{i}", prompt, answer, planted=kind) for i, (kind, prompt, answer) in enumerate(kinds)],
@@ -101,7 +104,7 @@ def from_folder(folder: Path, size: int, seed: int) -> dict[str, list[Example]]:
     }
 
 
-def from_demo(size: int, seed: int) -> dict[str, list[Example]]:
+def from_demo(size: int, target_size: int, anchor_size: int, seed: int) -> dict[str, list[Example]]:
     from gradsieve.demo.arithmetic import true_problems
     from gradsieve.demo.pool import demo_anchor, demo_pool, demo_target
 
@@ -109,7 +112,11 @@ def from_demo(size: int, seed: int) -> dict[str, list[Example]]:
         example(f"right-{i}", p.question, p.answer, planted="right-arithmetic")
         for i, p in enumerate(true_problems(int(SHARE * size), random.Random(f"right/{seed}")))
     ]
-    return {"pool": [*demo_pool(size, seed), *right], "target": demo_target(seed), "anchor": demo_anchor(seed)}
+    both = demo_anchor(seed)
+    anchor = [
+        e for category in ("arithmetic", "knowledge") for e in [e for e in both if e.category == category][: anchor_size // 2]
+    ]
+    return {"pool": [*demo_pool(size, seed), *right], "target": demo_target(seed, target_size), "anchor": anchor}
 
 
 def write(path: Path, examples: Sequence[Example]) -> Path:
@@ -155,14 +162,18 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=240)
+    parser.add_argument("--target", type=int, default=48)
+    parser.add_argument("--anchor", type=int, default=120, help="half of it arithmetic, half knowledge")
+    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--store", default="probe-store")
     arguments = parser.parse_args()
     tables = []
     for seed in range(arguments.seeds):
-        data = from_folder(arguments.data, arguments.size, seed) if arguments.data else from_demo(arguments.size, seed)
+        sizes = arguments.size, arguments.target, arguments.anchor
+        data = from_folder(arguments.data, *sizes, seed) if arguments.data else from_demo(*sizes, seed)
         store = Path(arguments.store) / f"{arguments.data.name if arguments.data else 'demo'}-{seed}"
         files = {role: (str(write(store.parent / f"{store.name}.{role}.jsonl", part)),) for role, part in data.items()}
-        problem = extract(Job(model=arguments.model, store=str(store), max_length=256, seed=seed, **files))
+        problem = extract(Job(model=arguments.model, store=str(store), max_length=arguments.max_length, seed=seed, **files))
         kinds = {e.id: row_fields(e)["planted"] for e in data["pool"]}
         tables.append(report(problem, [kinds[id] for id in problem.candidates.ids]))
         shares = {name: round(fact.signal_share, 2) for name, fact in problem.references.items()}

@@ -111,6 +111,17 @@ class ModelSource:
         return model
 
 
+def untrained(source: ModelSource, seed: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Returns a model of the same form with fresh weights, as its class draws them before any training; without adapters."""
+    from transformers import AutoModelForCausalLM
+
+    config: Any = source.skeleton().config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2_147_483_647)  # far from the seeds a user's own untrained model would have
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.to(device, dtype).eval()
+
+
 def hash_weights(folder: Path) -> str:
     """Returns a hash of the weights in a folder, 32 hex digits."""
     hasher = xxhash.xxh3_128()

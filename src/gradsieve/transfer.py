@@ -1,8 +1,11 @@
 """The transfer gate: does a Navigator rank examples as the model does that will be trained?
 
-OUT/transfer.json   ρ, its interval and the cosines of both models, example by example
-OUT/transfer.svg    one against the other
-OUT/navigator, OUT/model    the gradients, so that a killed run goes on
+Two models that read the same text agree to some degree before either has learnt anything: format, length and shared words are
+in the gradients of random weights too. So the Navigator must agree with the model better than an untrained copy of itself does.
+
+OUT/transfer.json   ρ, the copy's ρ, their intervals and the cosines of all three, example by example
+OUT/transfer.svg    Navigator against model
+OUT/navigator, OUT/model, OUT/untrained    the gradients, so that a killed run goes on
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from gradsieve.clock import Progress, silent
 from gradsieve.data import Format, read_examples
 from gradsieve.demo import demo_set, is_demo
 from gradsieve.errors import InvalidArgument
-from gradsieve.models import DType
+from gradsieve.models import DType, find_model, resolve_device, resolve_dtype, untrained
 from gradsieve.pipeline import select
 from gradsieve.selectors.ranking import spearman
 from gradsieve.selectors.reading import cosines
@@ -92,39 +95,44 @@ class Verdict:
         rho: Spearman's rank correlation of cos(g_z, g_ref) under the two models.
         interval: Its 95 % bootstrap interval over the examples.
         ids: The examples that both models can use.
-        cosines: float64 [n] per model, `navigator` and `model`.
+        untrained: ρ of the Navigator's form with fresh weights and the model.
+        gain: 95 % interval of `rho` - `untrained`, over the same resamples.
+        cosines: float64 [n] per model, `navigator`, `model` and `untrained`.
         notes: What the user must know.
     """
 
     rho: float
     interval: tuple[float, float]
+    untrained: float
+    gain: tuple[float, float]
     ids: Sequence[str]
     cosines: Mapping[str, Tensor]
     notes: tuple[str, ...]
 
     @property
     def refused(self) -> bool:
-        """Whether nothing shows that the Navigator ranks as the model does: the interval is not above 0."""
-        return not self.interval[0] > 0
+        """Whether nothing shows that the Navigator ranks as the model does, or better than fresh weights in its place."""
+        return not (self.interval[0] > 0 and self.gain[0] > 0)
 
 
 def transfer(settings: Transfer, progress: Progress = silent) -> Verdict:
     """Compares cos(g_z, g_anchor) (Eq. OGS-1) of the two models on random examples, and writes the results.
 
-    The anchor's mean gradient is each model's own; the products are exact.
+    The anchor's mean gradient is each model's own; the products are exact. An untrained copy of the Navigator is compared too.
 
     Raises:
-        InvalidArgument: The interval covers 0 and `override` is not set, after the results are written.
+        InvalidArgument: The verdict is to refuse and `override` is not set, after the results are written.
         GradsieveError: Whatever else the user can mend.
     """
     sample, notes = _sample(settings)
     anchor = _read("anchor", settings.anchor, settings)
     out = Path(settings.out)
     found: dict[str, dict[str, float]] = {}
-    for role in ("navigator", "model"):
+    for role, (model, tokenizer) in _models(settings).items():
         result = select(
             "orth-only",
-            model=getattr(settings, role),
+            model=model,
+            tokenizer=tokenizer,
             pool=sample,
             anchor=anchor,
             budget="100%",
@@ -135,50 +143,75 @@ def transfer(settings: Transfer, progress: Progress = silent) -> Verdict:
         cosine = cosines(result.pool, "anchor")
         found[role] = {id: c for id, c in zip(result.pool.ids, cosine.tolist(), strict=True) if not math.isnan(c)}
         notes += [f"{role}: {note}" for note in (*result.notes, *result.selection.notes)]
-    verdict = judge(found["navigator"], found["model"], settings.resamples, settings.seed, notes)
+    verdict = judge(found, settings.resamples, settings.seed, notes)
     _write(verdict, settings, out)
     if verdict.refused and not settings.override:
-        low, high = verdict.interval
+        (low, high), (least, most) = verdict.interval, verdict.gain
         raise InvalidArgument(
             f"navigator must rank examples as the model does, got a rank correlation of {verdict.rho:.2f} with a 95% interval "
-            f"of [{low:.2f}, {high:.2f}]; take a Navigator of the model's family, more --examples, or pass --override True"
+            f"of [{low:.2f}, {high:.2f}], where fresh weights in its place reach {verdict.untrained:.2f} (it is better by "
+            f"[{least:.2f}, {most:.2f}]); take a Navigator of the model's family, more --examples, or pass --override True"
         )
     return verdict
 
 
-def judge(
-    navigator: Mapping[str, float], model: Mapping[str, float], resamples: int, seed: int, notes: Sequence[str]
-) -> Verdict:
-    """Returns the verdict on two models' cosines by example id.
+def _models(settings: Transfer) -> dict[str, tuple[Any, Any]]:
+    """Returns by role what `select` takes as model and tokenizer; the untrained copy is an object."""
+    source = find_model(settings.navigator)
+    device = resolve_device(settings.device)
+    copy = untrained(source, settings.seed, resolve_dtype(settings.dtype, device), device)
+    return {
+        "navigator": (settings.navigator, None),
+        "model": (settings.model, None),
+        "untrained": (copy, source.tokenizer),
+    }
+
+
+def judge(found: Mapping[str, Mapping[str, float]], resamples: int, seed: int, notes: Sequence[str]) -> Verdict:
+    """Returns the verdict on the cosines of `navigator`, `model` and `untrained`, each by example id.
 
     Raises:
         InvalidArgument: They share fewer than 3 examples.
     """
-    ids = sorted(set(navigator) & set(model))
+    ids = sorted(set.intersection(*(set(side) for side in found.values())))
     if len(ids) < 3:
-        raise InvalidArgument(f"both models must be able to use at least 3 of the same examples, got {len(ids)}; give others")
-    a, b = (torch.tensor([side[id] for id in ids], dtype=torch.float64) for side in (navigator, model))
-    rho, interval = spearman(a, b), bootstrap(a, b, resamples, seed)
-    said = list(notes)
+        raise InvalidArgument(f"all models must be able to use at least 3 of the same examples, got {len(ids)}; give others")
+    sides = {role: torch.tensor([side[id] for id in ids], dtype=torch.float64) for role, side in found.items()}
+    trained, fresh = (spearman(sides[role], sides["model"]) for role in ("navigator", "untrained"))
+    values, null = (resampled(sides[role], sides["model"], resamples, seed) for role in ("navigator", "untrained"))
+    interval, gain = percentiles(values), percentiles(values - null)
+    said = [
+        *notes,
+        f"fresh weights in the navigator's place reach {fresh:.2f}: what format, length and shared words give alone",
+    ]
     if len(ids) < FEWEST:
         said.append(f"only {len(ids)} examples were compared, so the interval is wide; 200 to 500 are recommended")
     if not interval[0] > 0:
         said.append("nothing shows that the navigator ranks examples as the model does: the interval is not above 0")
-    elif rho < WARN_BELOW:
+    elif not gain[0] > 0:
+        said.append(
+            "nothing shows that the navigator ranks examples better than fresh weights in its place: it is better by "
+            f"[{gain[0]:.2f}, {gain[1]:.2f}]"
+        )
+    elif trained < WARN_BELOW:
         said.append(f"the navigator ranks examples only roughly as the model does: ρ is below {WARN_BELOW}")
-    return Verdict(rho, interval, ids, {"navigator": a, "model": b}, tuple(said))
+    return Verdict(trained, interval, fresh, gain, ids, sides, tuple(said))
 
 
-def bootstrap(a: Tensor, b: Tensor, resamples: int, seed: int) -> tuple[float, float]:
-    """Returns the 95 % percentile interval of Spearman's ρ over resampled pairs; (NaN, NaN) where either is constant.
+def resampled(a: Tensor, b: Tensor, resamples: int, seed: int) -> Tensor:
+    """Returns Spearman's ρ of resampled pairs, float64 [resamples]: the same rows for any a and b of one length.
 
-    A resample in which one side is constant has no ρ and counts as 0: it shows no agreement.
+    A resample in which one side is constant has no ρ and counts as 0: it shows no agreement. NaN where a side is constant.
     """
     if math.isnan(spearman(a, b)):
-        return math.nan, math.nan
+        return torch.full((resamples,), math.nan, dtype=torch.float64)
     rng = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(a), (len(a),), generator=rng) for _ in range(resamples))
-    values = torch.tensor([spearman(a[rows], b[rows]) for rows in draws], dtype=torch.float64).nan_to_num(0.0)
+    return torch.tensor([spearman(a[rows], b[rows]) for rows in draws], dtype=torch.float64).nan_to_num(0.0)
+
+
+def percentiles(values: Tensor) -> tuple[float, float]:
+    """Returns the 95 % percentile interval."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
@@ -210,6 +243,8 @@ def _write(verdict: Verdict, settings: Transfer, out: Path) -> None:
         "model": settings.model,
         "rho": verdict.rho,
         "interval": verdict.interval,
+        "untrained": verdict.untrained,
+        "gain": verdict.gain,
         "notes": verdict.notes,
         "cosines": dict(zip(verdict.ids, zip(*(c.tolist() for c in verdict.cosines.values()), strict=True), strict=True)),
     }
