@@ -74,7 +74,14 @@ def test_the_curve_has_the_error_of_gradmatch_and_of_each_number_of_parts(make_p
     errors = selection.trace["error_by_partitions"]
     assert errors[1] == pytest.approx(gradmatch, rel=1e-5)
     assert errors[8] > errors[1]
+    assert selection.trace["bars"] == {
+        "error by number of parts": {"8 parts": errors[8], "1 part": errors[1], "2 parts": errors[2], "4 parts": errors[4]}
+    }
     assert torch.equal(selection.rows, run(PGM(8, 1, "pool", lam=0.0), problem, 24).rows)
+
+
+def test_without_the_curve_nothing_is_compared(make_problem):
+    assert "bars" not in run(PGM(4, 2), make_problem(80), 32).trace
 
 
 def test_a_case_solved_by_hand():

@@ -90,7 +90,7 @@ class PGM:
         The scores are those of an example's mini-batch: its mean gradient's product with the unit of the one wanted. The trace
         holds, per part, how many mini-batches it had and picked, the error at its end and why it ended; and
         `error_by_partitions`: ‖Σ w g - b‖/‖b‖ of the union against the mean gradient b of target or pool, by number of parts
-        (1 is GRAD-MATCH on the same mini-batches; with `curve`).
+        (1 is GRAD-MATCH on the same mini-batches; with `curve`, which also draws them side by side in the report).
         """
         require(problem, self.needs, "pgm", budget)
         pool = problem.candidates
@@ -118,6 +118,10 @@ class PGM:
         notes += _shortfall(union.found, spent, len(rows), deal.purse, budget, size)
         errors = {count: float((own.reached - wanted).norm() / wanted.norm()) for count, own in unions.items()}
         trace: dict[str, Any] = {"match": self.match, "parts": union.parts, "error_by_partitions": errors}
+        if counts:  # the choice first, as the report's bars have it
+            trace["bars"] = {
+                "error by number of parts": {f"{c} parts" if c > 1 else "1 part": errors[c] for c in [parts, *counts]}
+            }
         return Selection(rows, weights, scores, trace, tuple(notes))
 
     def _union(self, deal: _Deal, count: int, wanted: Tensor, scores: Tensor) -> _Union:
@@ -133,9 +137,8 @@ class PGM:
         for group in _groups([len(part) for part in parts], SUM_BYTES // (8 * deal.pool.dim)):
             first, last = int(parts[group[0]][0]), int(parts[group[-1]][-1]) + 1
             M = deal.means(first, last)
-            scores[deal.rows(first, last)] = (M.double() @ (wanted / wanted.norm())).repeat_interleave(
-                deal.sizes[first:last].long()
-            )
+            along = (M.double() * (wanted / wanted.norm())).sum(1)  # by rows: a matrix product's last digit is the group's
+            scores[deal.rows(first, last)] = along.repeat_interleave(deal.sizes[first:last].long())
 
             def solve(p: int, M: Tensor = M, first: int = first) -> Match:
                 return self._solve(deal, parts[p], M[parts[p] - first], purses[p], wanted, count)
