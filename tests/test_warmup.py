@@ -207,6 +207,117 @@ class Stop(Exception):
     """Somebody pulls the plug."""
 
 
+CONSTANT = "batch: 4\nlearning_rate: 1e-2\nschedule: constant\nwarmup: 0\nweight_decay: 0.0\nsave_steps: 1\n"
+
+
+def loss_of(model: Any, tokens: Any) -> Tensor:
+    ids, labels = torch.as_tensor(tokens.input_ids).long(), torch.as_tensor(tokens.labels).long()
+    logits = model(input_ids=ids[None]).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_online_signals_are_those_of_a_loop_that_takes_gradients_before_each_step(
+    epochs: int, data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from gradsieve.train import Recipe
+    from gradsieve.train.plan import make_plan
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(CONSTANT)
+    lines = Path(data["pool"]).read_text().splitlines()
+    pool = tmp_path / "pool.jsonl"  # row 0 stands there twice, under another id
+    pool.write_text("\n".join([*lines, json.dumps({**json.loads(lines[0]), "id": "zz"})]) + "\n")
+    method = gs.GrADS(probe="full", online=True, probe_epochs=epochs)
+    common = {"pool": str(pool), "warmup_recipe": str(recipe), "budget": "4", **EXACT}
+    result = gs.select(method, model=str(tiny_model), store=str(tmp_path / "s"), out=tmp_path / "out", **common)
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
+    assert result.pool.checkpoints == ("online",)
+
+    own, tokens = twin(), result.sets["pool"].tokens
+    by_id = sorted(range(13), key=result.sets["pool"].ids.__getitem__)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    plan = make_plan(Recipe(batch=4, epochs=epochs), 13)
+    assert len(plan) == 4 * epochs
+    met: set[int] = set()
+    for step in plan:
+        rows = [by_id[row] for row in step.rows]
+        if step.epoch > epochs - 1:
+            true = own.naive(model, [own.Row(*map(torch.as_tensor, (tokens[z].input_ids, tokens[z].labels))) for z in rows])
+            for i, z in enumerate(rows):
+                equal = {0, 12} if z in (0, 12) else {z}  # both are recorded at the first step that one of them is in
+                for row in equal - met:
+                    met.add(row)
+                    assert scores["loss"][row] == pytest.approx(true.losses[i], rel=1e-9)
+                    for group, name in zip(("embedding", "lm_head"), true.ends, strict=True):
+                        G = true.gradients[i][name]
+                        assert scores[f"norm/{group}"][row] == pytest.approx(G.norm().item(), rel=1e-6)
+                        assert scores[f"max/{group}"][row] == pytest.approx(G.max().item(), rel=1e-6)
+                        assert scores[f"min/{group}"][row] == pytest.approx(G.min().item(), rel=1e-6)
+                        assert scores[f"mean/{group}"][row] == pytest.approx(G.mean().item(), abs=1e-12)
+                        assert scores[f"sd/{group}"][row] == pytest.approx(G.std(correction=0).item(), rel=1e-6)
+        optimizer.zero_grad()
+        torch.stack([loss_of(model, tokens[z]) for z in rows]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert sorted(met) == list(range(13))
+    after = gs.select(gs.GrADS(probe="full", probe_epochs=epochs), model=str(tiny_model), store=str(tmp_path / "s"), **common)
+    assert not torch.allclose(after.pool.columns["loss"], result.pool.columns["loss"], rtol=1e-3)
+    first, second = warmups(tmp_path / "s")
+    weights = Path("training") / "model" / "model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()  # recording does not touch the training
+    again = gs.select(method, model=str(tiny_model), store=str(tmp_path / "s"), **common)
+    assert "warm-up" not in stages(again)
+    assert torch.equal(again.selection.scores, result.selection.scores)
+    (note,) = (note for note in result.notes if "recorded within a warm-up" in note)
+    facts = json.loads(next((tmp_path / "s").glob("warmup-*/online")).with_name("warmup.json").read_text())
+    assert 0 < facts["recording"] < facts["seconds"]
+    assert f"{facts['recording']:.1f} s of them for recording" in note
+
+
+def test_a_killed_probe_that_records_goes_on_and_ends_in_the_same_gradients(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("batch: 2\nlearning_rate: 1e-3\nsave_steps: 2\n")
+    common = {"model": str(tiny_model), "pool": data["pool"], "budget": "4", "warmup_recipe": str(recipe), **EXACT}
+    method = gs.GrADS(online=True)
+    whole = gs.select(method, store=str(tmp_path / "whole"), **common)
+
+    def pull(stage: str, done: int, total: int) -> None:
+        if stage == "warm-up" and done > 0.4 * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        gs.select(method, store=str(tmp_path / "killed"), progress=pull, **common)
+    (folder,) = warmups(tmp_path / "killed")
+    shards = folder / "online" / "pool" / "shards"
+    written = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    assert 0 < len(written) < 6
+    resumed = gs.select(method, store=str(tmp_path / "killed"), **common)
+    assert len(list(shards.iterdir())) == 6
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert torch.equal(resumed.selection.scores, whole.selection.scores)
+    assert resumed.pool.columns.keys() == whole.pool.columns.keys()
+    assert all(torch.equal(column, whole.pool.columns[name]) for name, column in resumed.pool.columns.items())
+    next(shards.iterdir()).unlink()
+    with pytest.raises(
+        gs.DataError, match=r"must hold the gradients that the warm-up recorded, got 1 of .*; remove .*warmup-\w+"
+    ):
+        gs.select(method, store=str(tmp_path / "killed"), **common)
+
+
+@pytest.mark.parametrize("probe", ["lora", "full"])
+def test_a_probe_that_records_in_half_precision(probe: Any, data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    common = {"model": str(tiny_model), "pool": data["pool"], "budget": "4", "store": str(tmp_path / "s"), "dtype": "bfloat16"}
+    result = gs.select(gs.GrADS(online=True, probe=probe), **common, dim=64)
+    before = gs.select(gs.GrADS(probe_epochs=0), **common, dim=64)
+    assert result.pool.columns["norm/lm_head"].tolist() == pytest.approx(before.pool.columns["norm/lm_head"].tolist(), rel=0.05)
+
+
 def test_a_killed_warm_up_goes_on_and_ends_in_the_same_weights(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("batch: 2\nlearning_rate: 1e-3\nsave_steps: 2\n")
@@ -301,14 +412,14 @@ def tokens_of(count: int, order: list[int]) -> TokenSet:
 
 def test_the_part_is_drawn_at_random_in_the_order_of_the_ids() -> None:
     forth, back = tokens_of(30, list(range(30))), tokens_of(30, list(range(29, -1, -1)))
-    drawn = [int(t.input_ids[0]) for t in module.part_of(forth, 0.2, 0)]
+    drawn = [int(t.input_ids[0]) for t in module.part_of(forth, 0.2, 0).tokens]
     assert len(drawn) == 6
     assert drawn == sorted(drawn)
-    assert drawn == [int(t.input_ids[0]) for t in module.part_of(back, 0.2, 0)]
-    assert drawn != [int(t.input_ids[0]) for t in module.part_of(forth, 0.2, 1)]
-    assert len(module.part_of(forth, 0.01, 0)) == 1  # rounded up
-    assert len(module.part_of(forth, 0.1, 0)) == 3
-    assert len(module.part_of(forth, 1.0, 0)) == 30
+    assert drawn == [int(t.input_ids[0]) for t in module.part_of(back, 0.2, 0).tokens]
+    assert drawn != [int(t.input_ids[0]) for t in module.part_of(forth, 0.2, 1).tokens]
+    assert len(module.part_of(forth, 0.01, 0).kept) == 1  # rounded up
+    assert len(module.part_of(forth, 0.1, 0).kept) == 3
+    assert len(module.part_of(forth, 1.0, 0).kept) == 30
 
 
 @pytest.mark.parametrize(("wrong", "message"), [({"share": 0.0}, r"\(0, 1\], got 0"), ({"epochs": 0}, "at least 1, got 0")])

@@ -333,6 +333,7 @@ class Run:
                 root,
                 self.clock,
                 self.progress,
+                self.notes.append,
             )
             self.notes.append(note)
             stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]

@@ -340,7 +340,8 @@ class Warmup:
         share: Share of the usable pool that it is trained on, drawn at random, in (0, 1].
         epochs: Passes over that part, at least 1.
         tuning: What is trained: "lora", adapters on all linear layers, or "full", all weights.
-        checkpoints: Where gradients are taken: "last", after the last pass, or "all", after every pass.
+        checkpoints: Where gradients are taken: "last", after the last pass; "all", after every pass; "online", within the last
+            pass, of each example just before the step that trains on it (of plain gradients, with a share of 1 only).
         candidates: What is taken of the candidates: "plain" gradients; "adam", Adam's direction with the moments of the
             warm-up; "less", the same as the authors' code of LESS has it. Of targets and anchors always plain gradients.
         without: The flag that does without a warm-up, for messages.
@@ -349,7 +350,7 @@ class Warmup:
     share: float
     epochs: int
     tuning: Literal["lora", "full"] = "lora"
-    checkpoints: Literal["last", "all"] = "last"
+    checkpoints: Literal["last", "all", "online"] = "last"
     candidates: Literal["plain", "adam", "less"] = "plain"
     without: str = "--warmup-share 0"
 
@@ -358,6 +359,11 @@ class Warmup:
             raise InvalidArgument(f"share of a warm-up must lie in (0, 1], got {self.share}")
         if self.epochs < 1:
             raise InvalidArgument(f"epochs of a warm-up must be at least 1, got {self.epochs}")
+        if self.checkpoints == "online" and (self.share < 1 or self.candidates != "plain"):
+            raise InvalidArgument(
+                "checkpoints online of a warm-up must go with share 1 and plain gradients, "
+                f"got share {self.share:g} and {self.candidates}"
+            )
 
 
 @runtime_checkable

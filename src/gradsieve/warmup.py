@@ -3,6 +3,7 @@
     STORE/warmup-KEY/training/       the run, in which a killed one goes on
     STORE/warmup-KEY/warmup.json     its checkpoints, and what it cost: written last
     STORE/warmup-KEY/epoch-N/        gradients taken at a checkpoint: pool, target, anchor
+    STORE/warmup-KEY/online/pool     gradients recorded while it was trained
 
 KEY is a hash of model, examples, recipe and number format, so that a store holds any number of warm-ups, and every run that
 wants one of them again finds it. The trained weights serve for the gradients alone: nothing else is trained from them.
@@ -30,9 +31,11 @@ from gradsieve.extraction import ComputeSettings, TokenSet, manifest
 from gradsieve.gradients.adam import PICKLED, SAFE, Moments
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
+from gradsieve.gradients.fitting import Say
 from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.models import ModelSource, hash_weights, tokenizer_hash
-from gradsieve.store import Manifest
+from gradsieve.online import Recorder
+from gradsieve.store import GradientStore, Manifest
 from gradsieve.types import Warmup
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class Done:
         seconds: On the clock, in steps and checkpoints.
         cpu_seconds: Processor seconds.
         checkpoints: After every pass, or the end alone, as the recipe says.
+        recording: The part of `seconds` in which gradients were recorded.
     """
 
     examples: int
@@ -85,13 +89,20 @@ class Done:
     seconds: float
     cpu_seconds: float
     checkpoints: tuple[Checkpoint, ...]
+    recording: float = 0.0
 
     def note(self, warmup: Warmup) -> str:
         """Returns what the user must know of it."""
         passes = f"{warmup.epochs} epoch" + "s" * (warmup.epochs > 1)
+        trained = (
+            f"a warm-up: {passes} of {self.examples} of the {self.pool} usable examples "
+            f"({warmup.tuning}, {self.steps} steps, {self.seconds:.1f} s"
+        )
+        if warmup.checkpoints != "online":
+            return f"gradients were taken after {trained}); its weights serve for nothing else"
         return (
-            f"gradients were taken after a warm-up: {passes} of {self.examples} of the {self.pool} usable examples "
-            f"({warmup.tuning}, {self.steps} steps, {self.seconds:.1f} s); its weights serve for nothing else"
+            f"gradients were recorded within {trained}, {self.recording:.1f} s of them for recording): each example's before "
+            "the step of the last pass that trains on it, so at different weights; these serve for nothing else"
         )
 
 
@@ -140,16 +151,19 @@ def recipe_of(warmup: Warmup, path: str | None, count: int, seed: int, compute: 
     )
 
 
-def part_of(pool: TokenSet, share: float, seed: int) -> list[Tokens]:
+def part_of(pool: TokenSet, share: float, seed: int) -> TokenSet:
     """Returns a random share of the pool, rounded up, in the order of the ids: the same for any order of the pool."""
-    by_id = sorted(range(len(pool.kept)), key=pool.ids.__getitem__)
+    ids = pool.ids
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
     count = math.ceil(share * len(by_id) - 1e-9)
     drawn = torch.randperm(len(by_id), generator=torch.Generator().manual_seed(seed))[:count]
-    return [pool.tokens[by_id[place]] for place in drawn.sort().values.tolist()]
+    return pool.restricted(pool.name, [by_id[place] for place in drawn.sort().values.tolist()])
 
 
-def folder_of(root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe: Recipe, compute: ComputeSettings) -> Path:
-    """Returns the folder of a warm-up: its name is a hash of all that decides the outcome."""
+def folder_of(
+    root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe: Recipe, compute: ComputeSettings, online: bool = False
+) -> Path:
+    """Returns the folder of a warm-up: its name is a hash of all that decides the outcome, recorded gradients included."""
     aside = ("report_to", "device", "micro_batch", "save_steps")
     settings = {key: value for key, value in recipe.to_mapping().items() if key not in aside}
     facts = {
@@ -158,6 +172,7 @@ def folder_of(root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe:
         "recipe": settings,
         "dtype": str(compute.dtype),
     }
+    facts |= {"recorded": manifest(source, compute, {}).fingerprint} if online else {}
     hasher = xxhash.xxh3_64(json.dumps(facts, sort_keys=True).encode())
     for example in tokens:
         for part in (example.input_ids, example.labels):
@@ -175,6 +190,7 @@ def warm_up(
     folder: Path,
     clock: Clock,
     progress: Progress,
+    recorder: Recorder | None = None,
 ) -> Done:
     """Trains the model in `folder`, goes on where a killed run stopped, or returns the finished one.
 
@@ -188,6 +204,7 @@ def warm_up(
         folder: See `folder_of`.
         clock: Gets the stages `loading the model (warm-up)` and `warm-up` if there is something to train.
         progress: Is told how many tokens are done.
+        recorder: Takes gradients before the steps.
     """
     if (folder / DONE).exists():
         return _read(folder / DONE)
@@ -198,7 +215,12 @@ def warm_up(
         model = _trainable(source, warmup, compute)
     with clock.stage("warm-up") as written:
         trained = finetune(
-            model, tokens, recipe, folder / TRAINING, progress=lambda _, done, total: progress("warm-up", done, total)
+            model,
+            tokens,
+            recipe,
+            folder / TRAINING,
+            progress=lambda _, done, total: progress("warm-up", done, total),
+            watch=recorder,
         )
         try:
             kept = [(f"epoch-{c.epoch:g}", c.folder, c.learning_rate) for c in trained.checkpoints]
@@ -211,7 +233,8 @@ def warm_up(
         finally:
             if warmup.tuning == "lora":
                 trained.restore()
-        done = Done(len(tokens), pool, trained.steps, trained.seconds, trained.cpu_seconds, tuple(checkpoints))
+        spent = trained.seconds, trained.cpu_seconds
+        done = Done(len(tokens), pool, trained.steps, *spent, tuple(checkpoints), trained.watch_seconds)
         written.append(sum(file.stat().st_size for file in (folder / TRAINING).rglob("*") if file.is_file()))
     write_json(folder / DONE, asdict(done))
     return done
@@ -291,12 +314,26 @@ def stops_of(
     root: Path,
     clock: Clock,
     progress: Progress,
+    say: Say,
 ) -> tuple[list[Stop], dict[str, float], str]:
     """Returns the checkpoints of a warm-up, trained if it is not there yet, their learning rates by name, and a note."""
-    tokens = part_of(pool, warmup.share, seed)
+    part = part_of(pool, warmup.share, seed)
+    tokens, online = part.tokens, warmup.checkpoints == "online"
     recipe = recipe_of(warmup, recipe_file, len(tokens), seed, compute)
-    folder = folder_of(root, source, tokens, recipe, compute)
-    done = warm_up(warmup, source, tokens, len(pool.kept), recipe, compute, folder, clock, progress)
+    folder = folder_of(root, source, tokens, recipe, compute, online)
+    weights = f"{source.weights}+{folder.name}"  # of many steps, which this name stands for
+    recorded = Stop("online", replace(source, weights=weights), folder / "online", compute)
+    recorder = recorder_of(recorded, part, recipe, say) if online else None
+    done = warm_up(warmup, source, tokens, len(pool.kept), recipe, compute, folder, clock, progress, recorder)
+    if recorder is not None:
+        if missing := recorder.missing():
+            raise DataError(
+                f"{recorded.root}: must hold the gradients that the warm-up recorded, got {missing} of its steps missing or "
+                f"broken; remove {folder} and run the same command again, which records them"
+            )
+        end = done.checkpoints[-1]
+        model = replace(source_at(folder / end.folder, end, source, warmup), weights=weights)
+        return [replace(recorded, source=model)], {recorded.name: end.rate}, done.note(warmup)
     stops = []
     wanted = done.checkpoints if warmup.checkpoints == "all" else done.checkpoints[-1:]
     for checkpoint in wanted:
@@ -307,6 +344,14 @@ def stops_of(
             Stop(checkpoint.name, source_at(own, checkpoint, source, warmup), place, compute, warmup.candidates, moments)
         )
     return stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup)
+
+
+def recorder_of(stop: Stop, part: TokenSet, recipe: Recipe, say: Say) -> Recorder:
+    """Returns what fills the store of a stop while the part of the pool is trained on."""
+    from gradsieve.train.plan import make_plan
+
+    store = GradientStore(stop.root / "pool", stop.manifest("pool", {}))
+    return Recorder(store, part, make_plan(recipe, len(part.tokens)), stop.compute, say)
 
 
 def source_at(folder: Path, checkpoint: Checkpoint, source: ModelSource, warmup: Warmup) -> ModelSource:

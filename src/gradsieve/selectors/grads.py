@@ -46,8 +46,8 @@ class GrADS:
     As in the paper, the model is first fine-tuned on the whole pool for an epoch (the probe); the model that is trained on the
     selection later is another one.
 
-    Departs from the paper: every example is scored at the end of that epoch, so that its place in it does not matter; how the
-    signals make one score is our choice. Of the paper's four statistics (maximum, minimum,
+    Departs from the paper: every example is scored at the end of that epoch, so that its place in it does not matter (but with
+    `online`); how the signals make one score is our choice. Of the paper's four statistics (maximum, minimum,
     mean, standard deviation) none decides here, because the norm fixes the standard deviation and the mean at the LM head is
     exactly zero (a softmax error sums to zero over the vocabulary). Norms are largely a measure of length: see the notes.
 
@@ -65,6 +65,8 @@ class GrADS:
         probe_epochs: Epochs of fine-tuning on the pool before gradients are taken, at least 0; 0 takes them at the model as it
             is given. 1 and more need the extra `train`.
         probe: What the probe trains: "lora" or "full".
+        online: Whether each example's gradient is recorded within the last epoch of the probe, just before the step that trains
+            on it, in place of after it; weights differ from step to step then.
         statistics: Also read the element-wise maximum, minimum, mean and standard deviation of both gradients and report them
             for pool and chosen (they cost extra time to extract); without it, those that are there are reported.
     """
@@ -76,6 +78,7 @@ class GrADS:
     bins: int = 10
     probe_epochs: int = 1
     probe: Literal["lora", "full"] = "lora"
+    online: bool = False
     statistics: bool = False
 
     title: ClassVar[str] = "GrADS"
@@ -100,13 +103,16 @@ class GrADS:
         check_choice("probe", self.probe, Literal["lora", "full"])
         if self.probe_epochs < 0:
             raise InvalidArgument(f"probe_epochs must be at least 0, got {self.probe_epochs}; 0 is no probe")
+        if self.online and not self.probe_epochs:
+            raise InvalidArgument("probe_epochs must be at least 1 with online, got 0; online records while the probe trains")
 
     @property
     def warmup(self) -> Warmup | None:
         """The preliminary epoch on the whole pool."""
         if not self.probe_epochs:
             return None
-        return Warmup(1.0, self.probe_epochs, self.probe, without="--probe-epochs 0")
+        where: Literal["last", "online"] = "online" if self.online else "last"
+        return Warmup(1.0, self.probe_epochs, self.probe, where, without="--probe-epochs 0")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -31,7 +31,7 @@ from gradsieve.train.recipe import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from gradsieve.train.trainer import PlannedTrainer
+    from gradsieve.train.trainer import PlannedTrainer, Watch
 
 STARTED, FINISHED, CHECKPOINTS, MODEL = "training.json", "trained.json", "checkpoints", "model"
 
@@ -64,6 +64,7 @@ class Trained:
         seconds: On the clock, in steps and checkpoints, over all interruptions.
         cpu_seconds: Processor seconds of this process, over all interruptions.
         surgery_seconds: The part of `seconds` that surgery added.
+        watch_seconds: The part of `seconds` in which the model was shown to `watch`.
         conflicts: Steps whose gradient opposed the anchor's.
         losses: Mean weighted loss of each step, before the step.
         checkpoints: One per pass, with `save_epochs`.
@@ -77,6 +78,7 @@ class Trained:
     seconds: float
     cpu_seconds: float
     surgery_seconds: float
+    watch_seconds: float
     conflicts: int
     losses: tuple[float, ...]
     checkpoints: tuple[Checkpoint, ...]
@@ -101,6 +103,7 @@ def finetune(
     anchor: Sequence[Tokens] = (),
     replay: Sequence[Tokens] = (),
     progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> Trained:
     """Trains a model on tokens, on exactly the labels and the loss that gradients are taken of.
 
@@ -121,6 +124,7 @@ def finetune(
         anchor: Examples whose gradient the surgery protects.
         replay: General examples of which `replay_share` of each batch is drawn.
         progress: Is told how many tokens are done.
+        watch: Is shown the model before each step that is taken; it must leave it as it is.
 
     Raises:
         InvalidArgument: Arguments do not fit each other, or the folder holds another run.
@@ -144,7 +148,7 @@ def finetune(
             if (out / FINISHED).exists():
                 live, facts = _load(model, recipe, out)
             else:
-                live, facts = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress)
+                live, facts = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress, watch)
         return _trained(live, recipe, out, facts, before)
     except BaseException:
         before.restore()
@@ -152,14 +156,20 @@ def finetune(
 
 
 def _train(
-    model: nn.Module, data: Dataset, plan: Sequence[Step], recipe: Recipe, out: Path, progress: Progress
+    model: nn.Module,
+    data: Dataset,
+    plan: Sequence[Step],
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    watch: Watch | None,
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the trained model and the numbers of the run, which its folder then has too."""
     from gradsieve.train.trainer import PlannedTrainer, Spent, last_checkpoint
 
     before = last_checkpoint(out / CHECKPOINTS)
     spent = before[1] if before else Spent()
-    trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent)
+    trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent, watch)
     trainer.train(resume_from_checkpoint=str(before[0]) if before else None)
     trainer.save_model(str(out / MODEL))
     live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -256,6 +266,7 @@ def _trained(live: Any, recipe: Recipe, out: Path, facts: dict[str, Any], before
             name: facts[name]
             for name in ("steps", "epochs", "tokens", "seconds", "cpu_seconds", "surgery_seconds", "conflicts")
         },
+        watch_seconds=facts.get("watch_seconds", 0.0),  # runs of an older version have none
         losses=tuple(facts["losses"]),
         checkpoints=tuple(Checkpoint(out / e["folder"], e["epoch"], e["learning_rate"]) for e in facts["checkpoints"]),
         _restore=before.restore if recipe.tuning == "lora" else refuse,

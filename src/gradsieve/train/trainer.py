@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ WHOLE = "spent.json"  # written last into a checkpoint: without it, the checkpoi
 NAMES = "parameters.json"  # names of the trained parameters, in the order of the optimizer's state
 # transformers renames the setting in its version 6, and warns of the old name before that
 _CHECKPOINTING = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
+Watch = Callable[[nn.Module, int], None]
+"""Is shown the model, all of it on this process, before each step, with the number of the step from 0."""
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -46,6 +48,7 @@ class Spent:
         seconds: On the clock, in training steps and checkpoints.
         cpu_seconds: Processor seconds of this process, all threads.
         surgery_seconds: The part of `seconds` that went into the anchor's gradient and the projection.
+        watch_seconds: The part of `seconds` in which the model was shown before a step.
         conflicts: Steps whose gradient opposed the anchor's.
         tokens: Tokens trained on, without padding.
     """
@@ -55,6 +58,7 @@ class Spent:
     surgery_seconds: float = 0.0
     conflicts: int = 0
     tokens: int = 0
+    watch_seconds: float = 0.0
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -69,10 +73,12 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         out: Path,
         progress: Progress,
         spent: Spent,
+        watch: Watch | None = None,
     ) -> None:
         self.plan = plan
         self.recipe = recipe
         self.spent = spent
+        self.watch = watch
         self.lengths = [len(ids) for ids in data["input_ids"]]
         super().__init__(
             model=model,
@@ -100,8 +106,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Leaves the gradient of one step in the parameters and returns its loss."""
         del num_items_in_batch  # counts tokens; here examples count
-        model.train()
         step: Step = inputs["step"]
+        if self.watch is not None:
+            self._show(model, self.watch)
+        model.train()
         with self.maybe_activation_offload_context:
             loss = self._backward(model, step.rows)
             if step.anchors:
@@ -112,6 +120,20 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 f"lower learning_rate ({self.recipe.rate:g})"
             )
         return loss
+
+    def _show(self, model: nn.Module, watch: Watch) -> None:
+        """Shows the model with its own forward: accelerate has put mixed precision around it."""
+        started = self._now()
+        plain = self.accelerator.unwrap_model(model)
+        wrapped = plain.forward
+        if own := vars(plain).get("_original_forward"):
+            plain.forward = own
+        try:
+            watch(plain, self.state.global_step)
+        finally:
+            if own:
+                plain.forward = wrapped
+        self.spent.watch_seconds += self._now() - started
 
     def _backward(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Accumulates the gradient of Σ w_i l_i / len(rows) over the processes."""
