@@ -3,8 +3,8 @@
 `--target`, `--anchor` and `--max-length` make it smaller.
 
 Without --data: the demo's medical pool, target and anchor. With a folder of `medicine.train.jsonl.gz`, `law.…`, `general.…` and
-`math.…` (rows with id, prompt, completion): questions on health, of which some get another question's answer, some are legal
-definitions (off-domain), some are worked problems in which one operation is wrong.
+`math.…` (rows with id, prompt, completion, worked steps written `a+b = c`): questions on health, of which some get another
+question's answer, some are legal definitions (off-domain), some are worked problems in which one operation is wrong.
 
 Every AUC is the chance that a faulty row scores worse than a sound one. The faults are not made the way the contrasts are:
 rings of answers against exchanged pairs of like length, wrong operations against changed numbers.
@@ -46,23 +46,21 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+STEP = re.compile(r"(?<![\d.])(\d[\d.]*) ?([-+*/x]) ?\$?(\d[\d.]*) ?= ?\$?(\d[\d.]*\d|\d)")
+
+
 def miscalculated(answer: str, rng: random.Random) -> str | None:
-    """Returns a worked answer with one `<<a+b=c>>` step done by another operation, carried to the final line."""
-    steps = list(re.finditer(r"<<([\d.]+)([-+*/])([\d.]+)=([\d.]+)>>", answer))
+    """Returns a worked answer whose last step of the form `a+b = c` is done by another operation, carried to the final line."""
+    steps = list(STEP.finditer(answer))
     if not steps:
         return None
     step = steps[-1]
-    a, b = float(step[1]), float(step[3])
+    a, b, operation, right = float(step[1].rstrip(".")), float(step[3].rstrip(".")), step[2].replace("x", "*"), step[4]
     results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0.0}
-    right = step[4]
-    wrong = [f"{v:g}" for op, v in results.items() if op != step[2] and v > 0 and f"{v:g}" != right]
+    wrong = [f"{v:g}" for op, v in results.items() if op != operation and v > 0 and f"{v:g}" != right]
     if not wrong:
         return None
-    return re.sub(rf"(?<![\d.]){re.escape(right)}(?![\d.])", rng.choice(wrong), answer)
-
-
-def plain(answer: str) -> str:
-    return re.sub(r"<<[^>]*>>", "", answer)
+    return re.sub(rf"(?<![\d.]){re.escape(right)}(?![\d.]*\d)", rng.choice(wrong), answer)
 
 
 def from_folder(folder: Path, size: int, target_size: int, anchor_size: int, seed: int) -> dict[str, list[Example]]:
@@ -84,13 +82,13 @@ def from_folder(folder: Path, size: int, target_size: int, anchor_size: int, see
     kinds += [("swapped", row["prompt"], answers[(i + 1) % count]) for i, row in enumerate(swapped)]
     kinds += [("off-domain", row["prompt"], row["completion"]) for row in rows["law"][:count]]
     wrong = [(row["prompt"], miscalculated(row["completion"], rng)) for row in rows["math"][300:]]
-    false = [("false-arithmetic", prompt, plain(answer)) for prompt, answer in wrong if answer is not None]
+    false = [("false-arithmetic", prompt, answer) for prompt, answer in wrong if answer is not None]
     kinds += false[:count]
-    right = [("right-arithmetic", row["prompt"], plain(row["completion"])) for row in rows["math"][200 : 200 + count]]
+    right = [("right-arithmetic", row["prompt"], row["completion"]) for row in rows["math"][200 : 200 + count]]
     kinds += right
     rng.shuffle(kinds)
     anchor = [
-        example(f"math-{i}", r["prompt"], plain(r["completion"]), category="arithmetic")
+        example(f"math-{i}", r["prompt"], r["completion"], category="arithmetic")
         for i, r in enumerate(rows["math"][: anchor_size // 2])
     ]
     anchor += [
@@ -176,8 +174,9 @@ def main() -> None:
         problem = extract(Job(model=arguments.model, store=str(store), max_length=arguments.max_length, seed=seed, **files))
         kinds = {e.id: row_fields(e)["planted"] for e in data["pool"]}
         tables.append(report(problem, [kinds[id] for id in problem.candidates.ids]))
-        shares = {name: round(fact.signal_share, 2) for name, fact in problem.references.items()}
-        print(f"seed {seed}: {len(problem.candidates.ids)} rows; signal shares {shares}", flush=True)
+        print(f"seed {seed}: {len(problem.candidates.ids)} rows; signal share and split-half rank correlation:")
+        for name, fact in problem.references.items():
+            print(f"    {name:28} {fact.signal_share:5.2f} {fact.split_half or float('nan'):5.2f}", flush=True)
     columns = list(dict.fromkeys(kind for _, kind in tables[0]))
     print("AUC, mean of the data seeds (smallest … largest)")
     for name in dict.fromkeys(name for name, _ in tables[0]):

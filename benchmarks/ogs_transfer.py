@@ -1,6 +1,7 @@
 """What the transfer gate says of models whose kinship is known: `python benchmarks/ogs_transfer.py [--examples 200]`.
 
 A model is compared with itself less some of its middle layers, and with a model of its form whose weights were never trained.
+Each line has ρ and its interval, the ρ of fresh weights in the navigator's place, and the interval of what it is better by.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gradsieve.demo.pool import demo_anchor
 from gradsieve.models import find_model
 from gradsieve.transfer import Transfer, transfer
 
@@ -32,12 +34,16 @@ def pruned(folder: Path, out: Path, drop: int) -> Path:
     return saved(model, folder, out)
 
 
-def untrained(folder: Path, out: Path) -> Path:
+def untrained(folder: Path, out: Path, layers: int) -> Path:
     """Saves a model of the same form with fresh weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return saved(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(torch.bfloat16), folder, out)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return saved(AutoModelForCausalLM.from_config(config).to(torch.bfloat16), folder, out)
 
 
 def saved(model: torch.nn.Module, folder: Path, out: Path) -> Path:
@@ -53,25 +59,43 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="+", default=[3, 10])
+    parser.add_argument("--untrained-layers", type=int, default=0, help="of the model that was never trained; 0 is as many")
+    parser.add_argument("--anchor", type=int, default=120, help="examples, half of each ability")
+    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("transfer-study"))
     arguments = parser.parse_args()
     folder = find_model(arguments.model).folder
     assert folder is not None
     navigators = {f"{drop} layers fewer": pruned(folder, arguments.out / f"less-{drop}", drop) for drop in arguments.drop}
-    navigators["never trained"] = untrained(folder, arguments.out / "untrained")
+    navigators["never trained"] = untrained(folder, arguments.out / "untrained", arguments.untrained_layers)
+    anchor = arguments.out / "anchor.jsonl"
+    general = sorted(demo_anchor(), key=lambda e: (e.category, e.id))
+    step = max(1, len(general) // arguments.anchor)
+    anchor.write_bytes(b"".join(e.raw + b"\n" for e in general[::step][: arguments.anchor]))
     for name, path in navigators.items():
         out = arguments.out / f"{path.name}-out"
         if (arguments.out / "model").exists() and not (out / "model").exists():
             shutil.copytree(arguments.out / "model", out / "model")  # the model's own gradients are the same each time
         verdict = transfer(
             Transfer(
-                str(path), arguments.model, ("demo",), ("demo",), arguments.examples, str(out), override=True, max_length=256
+                str(path),
+                arguments.model,
+                ("demo",),
+                (str(anchor),),
+                arguments.examples,
+                str(out),
+                override=True,
+                max_length=arguments.max_length,
             )
         )
         if not (arguments.out / "model").exists():
             shutil.copytree(out / "model", arguments.out / "model")
-        low, high = verdict.interval
-        print(f"{name}: {verdict.rho:.3f} [{low:.3f}, {high:.3f}] {'REFUSED' if verdict.refused else ''}", flush=True)
+        (low, high), (least, most) = verdict.interval, verdict.gain
+        print(
+            f"{name}: {verdict.rho:.3f} [{low:.3f}, {high:.3f}], fresh weights {verdict.untrained:.3f}, better by "
+            f"[{least:.3f}, {most:.3f}] {'REFUSED' if verdict.refused else ''}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

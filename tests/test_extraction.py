@@ -14,8 +14,21 @@ import torch
 from torch import Tensor, nn
 
 import gradsieve as gs
-from gradsieve.extraction import ComputeSettings, form_note, with_form
+from gradsieve.data import read_examples
+from gradsieve.data.corrupt import corrupt
+from gradsieve.extraction import (
+    ComputeSettings,
+    TokenSet,
+    UnitMean,
+    contrast,
+    form_note,
+    measure_references,
+    token_batches,
+    with_form,
+)
+from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
+from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import find_model
 
 Write = Callable[..., Path]
@@ -54,9 +67,43 @@ def test_references_that_do_not_fit_are_wide_sketches_and_it_is_said(
         assert 1e-7 < error.square().mean().sqrt() < 0.05, name  # two layers of 32 x 48 are far from independent numbers
         assert wide.references[name].count == exact.references[name].count
         assert wide.references[name].norm == pytest.approx(exact.references[name].norm, rel=0.1)
+        assert wide.references[name].split_half is None
+        assert -1 <= (exact.references[name].split_half or -2) <= 1
     with pytest.raises(gs.StoreMismatch, match="reference_products exact in the store, wide sketch asked for"):
         gs.select("ogs-static", store=str(tmp_path / "exact"), reference_memory=0, **common)
     gs.select("random", store=str(tmp_path / "wide"), **common)  # reads no product
+
+
+def test_the_halves_of_a_reference_make_up_its_mean_and_those_of_a_contrast_their_differences(
+    data: dict[str, str], tiny_model: Path
+) -> None:
+    source = find_model(tiny_model)
+    compute = ComputeSettings(EngineSettings("linear", SketchPlan(4096, 0)), torch.float32, "cpu", 100, batch_tokens=200)
+    sets = {name: list(read_examples([data[name]]).examples) for name in ("target", "anchor")}
+    target = TokenSet.of("target", sets["target"], source.tokenizer, max_length=100)
+    pairs, _ = contrast(corrupt(sets["anchor"], "numbers"), "anchor", source, compute, None)
+    model = source.load(torch.float32, "cpu")
+    with GradientEngine(model, compute.engine) as engine:
+
+        def mean(side: TokenSet) -> Tensor:
+            blocks = [engine.block(batch) for batch, _ in token_batches(side.tokens, 200, "cpu")]
+            return torch.cat([block.sketch for block in blocks]).mean(0)
+
+        sought = {"target": mean(target), "contrast": mean(pairs.right) - mean(pairs.wrong), "unit": None}
+    sources = {"target": target, "contrast": pairs, "unit": UnitMean(target)}
+    found = measure_references(model, compute, sources)
+    assert list(found.halves) == list(sources)
+    assert len(target.kept) == len(pairs.right.kept) == 6  # halves of three
+    for name, whole in sought.items():
+        for split in found.halves[name]:
+            if whole is not None:
+                assert torch.allclose(split.mean(0), whole, atol=1e-5)
+    unit = measure_references(model, compute, {"unit": UnitMean(target)}).facts["unit"].norm
+    assert float(found.halves["unit"][0].mean(0).norm()) == pytest.approx(unit, rel=0.05)
+    turned = TokenSet.of("target", sets["target"][::-1], source.tokenizer, max_length=100)
+    assert torch.allclose(
+        measure_references(model, compute, {"target": turned}).halves["target"], found.halves["target"], atol=1e-6
+    )
 
 
 def test_the_memory_of_exact_references_is_that_of_whole_gradients_in_the_models_precision(tiny_model: Path) -> None:

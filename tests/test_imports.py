@@ -48,6 +48,7 @@ ALLOWED = {
         "navigation",
         "needs",
         "overhead",
+        "selectors",
         "store",
         "train",
         "warmup",

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
 
 from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
@@ -20,7 +22,7 @@ from gradsieve.data import IGNORE, Excluded, Tokens, tokenize
 from gradsieve.data.batches import batches, pad, plan_units
 from gradsieve.data.corrupt import Corruption
 from gradsieve.errors import InvalidArgument, StoreError
-from gradsieve.gradients.directions import MeanGradient, References, UnitDirection
+from gradsieve.gradients.directions import MeanGradient, References, UnitDirection, halves
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.fitting import Fitting, Say, restarted
 from gradsieve.gradients.forward import ForwardEngine
@@ -331,6 +333,7 @@ def measure_references(
     begun, trim = 0, Trimmer()
     measured: dict[str, tuple[MeanGradient, dict[bytes, int]]] = {}
     units: dict[str, UnitDirection] = {}
+    split: dict[str, torch.Tensor] = {}
 
     def counted(ordered: Sequence[Tokens], batch_tokens: int, scale: torch.Tensor | None) -> Iterator[Batch]:
         first, done = 0, begun
@@ -363,13 +366,15 @@ def measure_references(
         if digest not in measured:
             order = _longest_first(side)
             place = {side.keys[i]: j for j, i in enumerate(order)}
-            measured[digest] = average([side.tokens[i] for i in order], engine, sketched=digest in paired), place
+            measured[digest] = average([side.tokens[i] for i in order], engine, sketched=digest in paired or not wide), place
         uses[digest] -= 1
         return measured[digest] if uses[digest] else measured.pop(digest)
 
-    def direction(source: Source, engine: GradientEngine) -> MeanGradient:
+    def direction(source: Source, engine: GradientEngine) -> tuple[MeanGradient, list[torch.Tensor]]:
+        """Returns the direction, and the sketches of what it is the mean of where they are kept."""
         if isinstance(source, TokenSet):
-            return mean(source, engine)[0]
+            whole = mean(source, engine)[0]
+            return whole, whole.sketches
         if isinstance(source, UnitMean):
             side = source.examples
             plain, place = mean(side, engine)
@@ -379,15 +384,19 @@ def measure_references(
                 raise InvalidArgument(
                     f"{side.name} must have gradients above 0 to be normalised, got one of 0; drop that example"
                 )
-            return average([side.tokens[i] for i in order], engine, scale=1 / norms)
+            whole = average([side.tokens[i] for i in order], engine, scale=1 / norms, sketched=not wide)
+            return whole, whole.sketches
         (right, first), (wrong, second) = mean(source.right, engine), mean(source.wrong, engine)
         pairs = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
-        return right.minus(wrong, pairs)
+        return right.minus(wrong, pairs), [(pairs[0] - pairs[1])[_longest_first(source.right)]]
 
     with GradientEngine(model, settings, checkpointing=compute.checkpointing) as engine:
         for name, source in sources.items():
-            units[name] = UnitDirection.of(name, direction(source, engine))
-    return References.of_units(units, settings.sketch if wide else None)
+            whole, sketches = direction(source, engine)
+            units[name] = UnitDirection.of(name, whole)
+            if sketches and not wide:  # the candidates' own sketches are narrow
+                split[name] = halves(torch.cat(sketches)).cpu()
+    return replace(References.of_units(units, settings.sketch if wide else None), halves=split)
 
 
 def _longest_first(side: TokenSet) -> list[int]:
@@ -464,9 +473,11 @@ def plan(store: GradientStore, examples: TokenSet, compute: ComputeSettings) -> 
     return store.plan(examples.keys, cut)
 
 
-def write_facts(store: GradientStore, facts: Mapping[str, Reference]) -> None:
-    """Keeps what is known about the references beside the rows that were multiplied with them."""
-    content = {name: asdict(fact) for name, fact in facts.items()}
+def write_facts(store: GradientStore, references: References) -> None:
+    """Keeps what is known about the references beside the rows that were multiplied with them: facts, and sketched halves."""
+    if references.halves:
+        write_atomically(store.directory / "halves.safetensors", serialize(dict(references.halves)))
+    content = {name: asdict(fact) for name, fact in references.facts.items()}
     write_atomically(store.directory / "references.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 
@@ -474,3 +485,9 @@ def read_facts(store: GradientStore) -> dict[str, Reference]:
     """Returns the facts of `write_facts`, empty where there are none."""
     path = store.directory / "references.json"
     return {name: Reference(**fact) for name, fact in json.loads(path.read_bytes()).items()} if path.exists() else {}
+
+
+def read_halves(store: GradientStore) -> dict[str, torch.Tensor]:
+    """Returns the sketched halves of `write_facts`, float32 [splits, 2, d] by reference; empty where there are none."""
+    path = store.directory / "halves.safetensors"
+    return deserialize(path.read_bytes()) if path.exists() else {}

@@ -38,6 +38,7 @@ from gradsieve.extraction import (
     measure_references,
     plan,
     read_facts,
+    read_halves,
     reusable,
     token_sets,
     with_form,
@@ -52,6 +53,7 @@ from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device
 from gradsieve.navigation import make_navigator, split_anchor
 from gradsieve.needs import reads_gradients, reads_model, reads_set
 from gradsieve.overhead import Overhead, overhead
+from gradsieve.selectors.ranking import split_half
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
@@ -348,6 +350,10 @@ class Run:
         }
         facts = filled[stops[-1].name][1]
         shown = {name: fact for name, fact in facts.items() if name in references}
+        known = {name: half for name, half in read_halves(filled[stops[-1].name][0]["pool"]).items() if name in shown}
+        if known and compute.engine.direction == "sgd" and len(stops) == 1:
+            for name, rho in split_half(views["pool"], known).items():
+                shown[name] = dataclasses.replace(shown[name], split_half=rho)
         groups = self._target_groups()
         behind = {part.digest(): sum(part.lengths) for source_set in references.values() for part in token_sets(source_set)}
         each = sum(sum(self.sets[role].lengths) for role in self._roles()) + sum(behind.values())
@@ -465,7 +471,7 @@ class Run:
             if pending["pool"] and references:
                 with self.clock.stage(f"references{where}"):
                     stacked = measure_references(model, compute, references, self.progress, self.notes.append)
-                    write_facts(stores["pool"], stacked.facts)
+                    write_facts(stores["pool"], stacked)
             for role, units in pending.items():
                 if units:
                     own = dataclasses.replace(for_store(stop.settings(role), stores[role]), batch_tokens=compute.batch_tokens)

@@ -187,12 +187,15 @@ class Reference:
             sampling noise, near or below 0 where it is mostly noise. For a contrast the variance is that of the differences
             between an example and its own corrupted copy.
         cosines: Cosine with every reference that was measured together with this one, itself included, by name.
+        split_half: Rank correlation of the scores that two random halves of its examples give the candidates, mean over some
+            splits, on sketches; None where it was not measured (without sketches of plain gradients).
     """
 
     norm: float
     count: int
     signal_share: float
     cosines: Mapping[str, float] = field(default_factory=dict)
+    split_half: float | None = None
 
 
 Cost = Literal["kl", "loss", "key"]

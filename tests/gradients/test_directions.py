@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.gradients.directions import MeanGradient, References
+from gradsieve.gradients.directions import SPLITS, MeanGradient, References, halves
 
 
 def mean_of(rows: torch.Tensor) -> MeanGradient:
@@ -73,3 +73,14 @@ def test_a_reference_that_cannot_be_used_is_refused() -> None:
         mean_of(zeros + torch.nan)
     with pytest.raises(InvalidArgument, match="completion tokens, got 1 without"):
         MeanGradient({}).add_norms(torch.ones(2), torch.tensor([3.0, 0.0]))
+
+
+def test_the_halves_of_a_set_are_its_parts() -> None:
+    sketches = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    splits = halves(sketches)
+    assert splits.shape == (SPLITS, 2, 3)
+    for first, second in splits:
+        assert torch.allclose((4 * first + 3 * second) / 7, sketches.mean(0), atol=1e-6)
+        assert not torch.allclose(first, second)
+    assert len({tuple(first.tolist()) for first, _ in splits}) == SPLITS
+    assert torch.equal(halves(sketches), splits)

@@ -15,6 +15,7 @@ from gradsieve.selectors.ranking import (
     percentile,
     quantile_strata,
     spearman,
+    split_half,
     spread,
 )
 from gradsieve.types import ArrayGradients, Budget
@@ -120,3 +121,17 @@ def test_a_score_that_follows_length_is_called_out():
     assert "utility is largely a measure of length" in notes[0]
     assert "-1.00" in notes[0]
     assert length_check({"utility": length.double()}, pool([1] * 10)) == ({}, [])
+
+
+def test_halves_that_share_a_direction_rank_alike_and_halves_of_noise_do_not():
+    rng = torch.Generator().manual_seed(0)
+    G, signal = torch.randn(200, 32, generator=rng), torch.randn(32, generator=rng)
+    noise = torch.randn(3, 2, 32, generator=rng)
+    halves = {"clear": signal + 0.1 * noise, "rough": signal + noise, "noise": noise}
+    candidates = ArrayGradients([f"{i}" for i in range(200)], G, {})
+    found = split_half(candidates, halves)
+    unit = torch.nn.functional.normalize(G, dim=1)
+    for name, sides in halves.items():
+        naive = [scipy.stats.spearmanr((unit @ a).numpy(), (unit @ b).numpy()).statistic for a, b in sides]
+        assert found[name] == pytest.approx(np.mean(naive), abs=1e-6)
+    assert found["clear"] > 0.95 > found["rough"] > 0.3 > abs(found["noise"])

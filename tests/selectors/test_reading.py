@@ -85,6 +85,12 @@ def test_only_noisy_references_that_are_asked_for_get_a_note():
     notes = reference_notes(Problem(pool(), references=references), ["target", "anchor", "unknown"])
     assert len(notes) == 1
     assert "'target' is unreliable: its signal share is 0.69 (below 0.7) with 12 examples; give more" in notes[0]
+    halves = {"target": Reference(1.0, 12, 0.9, split_half=0.69), "anchor": Reference(1.0, 12, 0.9, split_half=0.7)}
+    (ranked,) = reference_notes(Problem(pool(), references=halves), halves)
+    assert "'target' is unreliable: halves of it rank the pool with a correlation of 0.69 (below 0.7) with 12" in ranked
+    both = {"target": Reference(1.0, 12, 0.5, split_half=float("nan"))}
+    (note,) = reference_notes(Problem(pool(), references=both), both)
+    assert "its signal share is 0.50 and halves of it rank the pool with a correlation of nan (below 0.7)" in note
     nan = Problem(pool(), references={"target": Reference(1.0, 1, float("nan"))})
     assert len(reference_notes(nan, ["target"])) == 1
 

@@ -14,6 +14,7 @@ from gradsieve.gradients.layers import squared_norm
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.types import Reference
 
+SPLITS = 5  # random splits behind a split-half rank correlation: one alone is noisy with few examples
 WIDE = "wide sketch"  # stands in for a parameter's name where directions are sketches of all parameters
 
 
@@ -142,12 +143,14 @@ class References:
         tensors: [r, d_out, d_in] by parameter name, every direction of norm 1 over all parameters.
         facts: What is known about each.
         wide: The projection, where the directions are sketches (`gradsieve.gradients.wide`): [r, 1, d] under `WIDE`.
+        halves: What `halves` returns of every reference's examples, by name; empty where the directions are sketches.
     """
 
     names: tuple[str, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Reference] = field(default_factory=dict)
     wide: SketchPlan | None = None
+    halves: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def stack(cls, means: Mapping[str, MeanGradient]) -> References:
@@ -185,6 +188,18 @@ class References:
     def of(self, key: str) -> Tensor:
         """Returns the directions' part of one parameter, [r, d_out, d_in]; r is 0 without full references."""
         return self.tensors[key] if self.full else torch.empty(0, 0, 0)
+
+
+def halves(sketches: Tensor) -> Tensor:
+    """Returns the mean sketches of both halves of a set, split at random `SPLITS` times: float32 [SPLITS, 2, d].
+
+    Args:
+        sketches: float32 [m, d] of its m >= 2 examples (for a contrast: of the paired differences), in an order that does not
+            depend on that of the input.
+    """
+    rng = torch.Generator().manual_seed(0)
+    splits = (torch.randperm(len(sketches), generator=rng).tensor_split(2) for _ in range(SPLITS))
+    return torch.stack([torch.stack([sketches[half].mean(0) for half in split]) for split in splits])
 
 
 def _products(rows: Tensor) -> Tensor:

@@ -122,6 +122,23 @@ def spearman(x: Tensor, y: Tensor) -> float:
     return float((a @ b) / (a.square().sum() * b.square().sum()).sqrt())
 
 
+def split_half(candidates: Gradients, halves: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns, for each reference, the rank correlation of the scores that two halves of its examples give the candidates.
+
+    The score is the cosine, estimated on sketches: their error lowers the correlation and never makes one. One pass.
+
+    Args:
+        candidates: The pool, sketches of plain gradients.
+        halves: float32 [splits, 2, d] by name; the mean over the splits is returned.
+    """
+    names, sides = list(halves), torch.stack(list(halves.values()))
+    products = torch.empty(len(candidates.ids), sides[..., 0].numel(), dtype=torch.float32)
+    for rows, block in candidates.blocks():
+        products[rows] = torch.nn.functional.normalize(block, dim=1) @ sides.flatten(0, -2).T
+    parts = products.T.double().view(len(names), -1, 2, len(candidates.ids))
+    return {name: sum(spearman(a, b) for a, b in part) / len(part) for name, part in zip(names, parts, strict=True)}
+
+
 def length_check(scores: Mapping[str, Tensor], candidates: Gradients) -> tuple[dict[str, float], list[str]]:
     """Returns the rank correlation of each score with the completion's length, and a note for each that is mostly length.
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.types import Budget, Gradients, Problem
+from gradsieve.types import Budget, Gradients, Problem, Reference
 
 RELIABLE = 0.7
-"""Signal share below which a reference direction is called unreliable."""
+"""Signal share and split-half rank correlation below which a reference direction is called unreliable."""
 
 _ANCHOR = "pass a JSONL, or `--anchor demo` for the built-in one"
 _CONTRAST = "pass wrong copies with --corrupted FILE, or `--anchor demo` for the built-in ones"
@@ -104,14 +104,22 @@ def cosines(gradients: Gradients, reference: str) -> Tensor:
 
 
 def reference_notes(problem: Problem, references: Iterable[str]) -> list[str]:
-    """Returns one note for each of these references whose direction is mostly its own sampling noise."""
+    """Returns one note for each of these references whose direction is mostly its own sampling noise, or ranks like noise."""
     known = ((name, problem.references[name]) for name in sorted(references) if name in problem.references)
     return [
-        f"the reference {name!r} is unreliable: its signal share is {r.signal_share:.2f} (below {RELIABLE}) with "
-        f"{r.count} examples; give more of them"
+        f"the reference {name!r} is unreliable: {' and '.join(faults)} (below {RELIABLE}) with {r.count} examples; "
+        "give more of them"
         for name, r in known
-        if not r.signal_share >= RELIABLE
+        if (faults := _faults(r))
     ]
+
+
+def _faults(reference: Reference) -> list[str]:
+    share, halves = reference.signal_share, reference.split_half
+    found = [] if share >= RELIABLE else [f"its signal share is {share:.2f}"]
+    if halves is not None and not halves >= RELIABLE:
+        found.append(f"halves of it rank the pool with a correlation of {halves:.2f}")
+    return found
 
 
 def zero_note(gradients: Gradients, zero: Tensor, method: str, what: str = "candidates", of: str = "gradient") -> list[str]:
