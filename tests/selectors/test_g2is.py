@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from gradsieve.errors import InvalidArgument
+from gradsieve.selectors import g2is_walk
 from gradsieve.selectors.directions import Directions, on_grid, unit_rows
 from gradsieve.selectors.g2is import G2IS, core_knowledge, largest_remainder
 from gradsieve.selectors.g2is_walk import walk
@@ -45,7 +46,7 @@ def graph_naive(U, ids, width):
     return [near(i)[: width or None] for i in range(len(U))]
 
 
-def walk_naive(U, K, budgets, graph, ids, delta, seen=None):
+def walk_naive(U, K, budgets, graph, ids, delta, seen=None, among=1000):
     """Eq. G2IS-3 as it is written: every constraint from scratch for every candidate; the fallback sorts all n anew."""
     n, used, picks = len(U), set(), []
 
@@ -61,11 +62,12 @@ def walk_naive(U, K, budgets, graph, ids, delta, seen=None):
         def best_first(along=along):
             return [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i])) if i not in used]
 
-        top = best_first()
+        top = [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i]))[:among] if i not in used]
         if not top:
             if seen is not None:
-                seen["exhausted"] = seen.get("exhausted", 0) + 1
-            break
+                why = "start" if best_first() else "exhausted"
+                seen[why] = seen.get(why, 0) + 1
+            continue
         chosen, total = [top[0]], U[top[0]].copy()
         used.add(top[0])
         while len(chosen) < budget:
@@ -151,6 +153,43 @@ def test_the_walk_is_the_published_one_for_any_directions_budgets_and_strictness
     assert min(seen["walk"], seen["stuck"]) > 10
     if delta == 0:
         assert seen["exhausted"] >= 3
+
+
+@pytest.mark.parametrize("among", [1, 3, 8])
+def test_a_component_starts_among_the_candidates_furthest_along_its_direction_and_nowhere_else(among, monkeypatch):
+    monkeypatch.setattr(g2is_walk, "START_AMONG", among)
+    seen = {"walk": 0, "fallback": 0, "stuck": 0, "start": 0}
+    for seed in range(40):
+        G, T, ids, budget, _, width = instance(seed + 2000)
+        K = on_grid(torch.tensor(PCA(n_components=0.9, svd_solver="full").fit(T.astype(np.float32).astype(float)).components_))
+        K = torch.cat([K, K])  # the second walk along a direction finds the best candidates used
+        U = unit_rows(torch.tensor(G, dtype=torch.float32)).numpy()
+        graph, budgets = graph_naive(U, ids, width), [max(1, budget // 3)] * len(K)
+        directions = Directions.of(ArrayGradients(ids, torch.tensor(G, dtype=torch.float32)))
+        done = walk(
+            directions,
+            directions.products(K.T),
+            budgets,
+            follow(torch.tensor(graph, dtype=torch.int32).reshape(len(G), -1)),
+            id_order(ids),
+            delta=0.8,
+            price=torch.ones(len(G), dtype=torch.float64),
+        )
+        before = seen["start"]
+        expected = walk_naive(U, K.numpy(), budgets, graph, ids, 0.8, seen, among)
+        assert [row for component in done for row in component.rows] == expected, seed
+        assert sum(component.stop == "start" for component in done) == seen["start"] - before
+    assert seen["start"] > 5
+
+
+def test_a_component_without_a_start_says_so_and_may_pass_its_budget_on(monkeypatch):
+    monkeypatch.setattr(g2is_walk, "START_AMONG", 1)
+    G, T = [[2.0, 1.0], [2.0, 1.1], [1.0, 2.0]], [[1.0, 0.9], [-1.0, -0.9], [0.9, -1.0], [-0.9, 1.0]]
+    stopped = run(G2IS("paper", explained=0.99, compare_modes=False), problem_of(G, T), 2)
+    assert [component["stop"] for component in stopped.trace["components"]] == ["budget", "budget"]
+    own = run(G2IS("paper", explained=0.99, compare_modes=False), problem_of([[1.0, 1.0]] * 3, T), 3)
+    assert [component["stop"] for component in own.trace["components"]] == ["budget", "start"]
+    assert any("component 2 ended after 0 examples" in note and "furthest along its direction" in note for note in own.notes)
 
 
 def test_a_case_solved_by_hand():

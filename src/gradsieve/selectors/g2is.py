@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.dense import dense
 from gradsieve.selectors.directions import Directions, on_grid
-from gradsieve.selectors.g2is_walk import Component, Shortfall, walk
+from gradsieve.selectors.g2is_walk import START_AMONG, Component, Shortfall, walk
 from gradsieve.selectors.graph import VISITS, Neighbours, exact_graph, faiss_lists, follow, lists_on_demand
 from gradsieve.selectors.ranking import id_order, length_check
 from gradsieve.selectors.reading import check_choice, check_warmup, require, zero_note
@@ -321,6 +321,8 @@ def _shortfall(done: Sequence[Component], budget: Budget, pool: Gradients, rows:
 def _cause(component: Component, pool: Gradients) -> str:
     if component.stop == "exhausted":
         return "no candidate is left"
+    if component.stop == "start":
+        return f"each of the {START_AMONG} candidates furthest along its direction is chosen already, and it starts at no other"
     if component.stop == "price":
         row = component.refused
         return f"the next pick, {pool.ids[row]!r}, has {int(pool.columns['tokens'][row])} tokens"

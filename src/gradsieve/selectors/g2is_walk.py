@@ -27,6 +27,9 @@ from gradsieve.selectors.graph import Neighbours
 ROUNDING = 1e-9
 """Cosines of sums that differ by less are equal."""
 
+START_AMONG = 1000
+"""Candidates, used ones included, among which a component finds its start: those furthest along its direction."""
+
 Via = Literal["start", "walk", "fallback"]
 Shortfall = Literal["stop", "next-component"]
 
@@ -40,7 +43,8 @@ class Component:
         rows: Its picks in order.
         via: How each was found.
         stop: Why it ended: "budget" (spent), "price" (the next pick costs more than is left), "exhausted" (no unused
-            candidates) or "constraints" (each of the unused candidates breaks one).
+            candidates), "start" (there are, but none where a start is looked for) or "constraints" (each of the unused
+            candidates breaks one).
         conflicts: For "constraints": unused candidates with a negative product with one of its picks.
         inconsistent: For "constraints": the others, which would turn the sum too far away from the direction.
         refused: For "price": the pick that was too expensive, else -1.
@@ -49,7 +53,7 @@ class Component:
     budget: float
     rows: list[int]
     via: list[Via]
-    stop: Literal["budget", "price", "exhausted", "constraints"]
+    stop: Literal["budget", "price", "exhausted", "start", "constraints"]
     conflicts: int = 0
     inconsistent: int = 0
     refused: int = -1
@@ -68,9 +72,9 @@ def walk(
 ) -> list[Component]:
     """Returns the picks for each component (Eq. G2IS-3; Zhao et al. 2025, arXiv:2502.11062, Alg. 1).
 
-    Start at the unused candidate with the largest <g, k>; then take the first unused neighbour of the last pick, or else the
-    first of all unused candidates by descending <g, k>, that has <g, g_s> ≥ 0 for each pick s of this component, and
-    |cos(Σ + g, k)| ≥ δ |cos(Σ, k)|. Zero gradients are never taken.
+    Start at the first unused of the `START_AMONG` candidates with the largest <g, k>; then take the first unused neighbour of
+    the last pick, or else the first of all unused candidates by descending <g, k>, that has <g, g_s> ≥ 0 for each pick s of
+    this component, and |cos(Σ + g, k)| ≥ δ |cos(Σ, k)|. Zero gradients are never taken.
 
     Args:
         directions: Unit sketches of the pool.
@@ -96,7 +100,7 @@ def walk(
             continue
         done.append(_Walk(directions, k, used, by_id, delta).run(budget, neighbours, price))
         used[done[-1].rows] = True
-        if done[-1].stop == "price" or (done[-1].stop == "constraints" and on_shortfall == "next-component"):
+        if done[-1].stop == "price" or (done[-1].stop in ("start", "constraints") and on_shortfall == "next-component"):
             left = budget - float(price[done[-1].rows].sum())
     return done
 
@@ -120,8 +124,10 @@ class _Walk:
         self.squares = torch.zeros(n, dtype=torch.float64)  # ‖g_n‖² of rows that were asked for: 1 but for rounding
         self.chosen = torch.empty(16, self.directions.gradients.dim, dtype=torch.float64)
         self.sum_square, self.sum_product = 0.0, 0.0  # ‖Σ‖², <Σ, k>
-        order = self.by_id[~self.struck[self.by_id]]
-        self.order = order[self.products[order].argsort(descending=True, stable=True)]
+        order = self.by_id[~self.directions.zero[self.by_id]]
+        order = order[self.products[order].argsort(descending=True, stable=True)]
+        self.starts = order[:START_AMONG][~self.used[order[:START_AMONG]]]
+        self.order = order[~self.used[order]]
 
     def run(self, budget: float, neighbours: Neighbours, price: Tensor) -> Component:
         via: list[Via] = []
@@ -139,7 +145,7 @@ class _Walk:
 
     def _next(self, neighbours: Neighbours) -> tuple[int, Via]:
         if not self.rows:
-            return (int(self.order[0]) if len(self.order) else -1), "start"
+            return (int(self.starts[0]) if len(self.starts) else -1), "start"
         for piece in neighbours(self.rows[-1]):
             pick = self._first(piece)
             if pick >= 0:
@@ -194,6 +200,8 @@ class _Walk:
         unused[self.rows] = False
         if not unused.any():
             return Component(budget, self.rows, via, "exhausted")
+        if not self.rows:
+            return Component(budget, self.rows, via, "start")
         conflicts = int((unused & self.struck).sum())
         inconsistent = int((unused & ~self.struck).sum())
         return Component(budget, self.rows, via, "constraints", conflicts, inconsistent)
