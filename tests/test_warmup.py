@@ -154,6 +154,10 @@ def test_the_probe_scores_every_example_where_it_ends_and_leaves_the_model_as_it
     assert "warm-up" not in stages(as_it_is)
     assert not torch.allclose(as_it_is.pool.columns["loss"], of_folder.pool.columns["loss"], rtol=1e-4)
     assert of_folder.model.weights == as_it_is.model.weights
+    spent = [result.overhead for result in (of_object, as_it_is)]
+    assert spent[0] is not None
+    assert spent[1] is not None
+    assert spent[0].choosing == pytest.approx(2 * spent[1].choosing)  # an epoch of training, and a pass for gradients
     (note,) = (note for note in of_folder.notes if "warm-up" in note)
     assert "1 epoch of 12 of the 12 usable examples (lora, 1 steps" in note
 
@@ -171,6 +175,8 @@ def test_a_probe_of_all_weights_trains_a_copy(data: dict[str, str], tiny_model: 
     (folder,) = warmups(tmp_path / "s")
     trained = load_file(folder / "training" / "model" / "model.safetensors")
     assert any(not torch.equal(trained[name], before[name]) for name in trained)
+    assert probed.overhead is not None
+    assert probed.overhead.choosing == pytest.approx(2.5 * probed.overhead.whole / 3)  # all weights: half as much again
     for tensor in live.parameters():
         tensor.requires_grad_(False)
     live.load_state_dict(trained, strict=False)

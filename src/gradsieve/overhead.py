@@ -40,7 +40,7 @@ class Overhead:
 
 def overhead(
     gradient_tokens: int,
-    trained_tokens: int,
+    trained_tokens: float,
     measured_tokens: int,
     pool: Sequence[int],
     chosen: Sequence[int],
@@ -50,7 +50,7 @@ def overhead(
 
     Args:
         gradient_tokens: Tokens whose gradients were taken: of pool, references, target and anchor.
-        trained_tokens: Tokens that a Navigator was trained on.
+        trained_tokens: Tokens that a warm-up or a Navigator was trained on.
         measured_tokens: Tokens that went through forward passes only.
         pool: Lengths of the usable pool in tokens.
         chosen: Lengths of the chosen examples.

@@ -82,6 +82,7 @@ class Run:
     navigator: LoRANavigator | None = None
     replayed: frozenset[str] = frozenset()
     gradient_tokens: int = 0
+    warmup_work: float = 0.0
     trained_weights: int = 0
     alone: torch.Tensor | None = None
 
@@ -150,7 +151,7 @@ class Run:
         if not self.gradient_tokens:
             return None
         tokens = candidates.columns["tokens"]
-        trained = self.navigator.trained_tokens if self.navigator is not None else 0
+        trained = self.warmup_work + (self.navigator.trained_tokens if self.navigator is not None else 0)
         measured = 0
         if self.navigator is not None and self.held_out is not None:
             passes = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
@@ -325,7 +326,7 @@ class Run:
         root = self._store_folder(manifest(source, compute, references).fingerprint)
         stops, rates = [Stop("base", source, root, compute)], dict[str, float]()
         if self.warmup is not None:
-            stops, rates, note = stops_of(
+            warmed = stops_of(
                 self.warmup,
                 source,
                 self.sets["pool"],
@@ -337,7 +338,8 @@ class Run:
                 self.progress,
                 self.notes.append,
             )
-            self.notes.append(note)
+            stops, rates, self.warmup_work = warmed.stops, warmed.rates, warmed.work
+            self.notes.append(warmed.note)
             stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
         if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
             self.notes.append(form_note(wide.source, wide.compute, len(references)))

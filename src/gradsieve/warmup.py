@@ -46,6 +46,8 @@ BATCH = 16
 """Examples per optimizer step: warm-ups are short, and 64 would leave a small pool a handful of steps."""
 FULL_RATE = 10
 """Steps from which on the learning rate rises over the recipe's warm-up; shorter runs have the full rate at once."""
+FULL_WORK = 1.5
+"""Work of training all weights in passes of adapters: 6 operations per weight and token, not 4."""
 OWN = ("tuning", "epochs", "steps", "save_epochs", "seed")
 """Settings of a recipe that the method or the job decides."""
 
@@ -304,6 +306,23 @@ class Stop:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Warmed:
+    """What a warm-up leaves.
+
+    Attributes:
+        stops: The checkpoints at which gradients are taken.
+        rates: Their learning rates by name.
+        note: What the user must know of it.
+        work: Token passes that training it took, see `gradsieve.overhead`.
+    """
+
+    stops: list[Stop]
+    rates: dict[str, float]
+    note: str
+    work: float
+
+
 def stops_of(
     warmup: Warmup,
     source: ModelSource,
@@ -315,8 +334,8 @@ def stops_of(
     clock: Clock,
     progress: Progress,
     say: Say,
-) -> tuple[list[Stop], dict[str, float], str]:
-    """Returns the checkpoints of a warm-up, trained if it is not there yet, their learning rates by name, and a note."""
+) -> Warmed:
+    """Returns the checkpoints of a warm-up, which is trained if it is not there yet."""
     part = part_of(pool, warmup.share, seed)
     tokens, online = part.tokens, warmup.checkpoints == "online"
     recipe = recipe_of(warmup, recipe_file, len(tokens), seed, compute)
@@ -325,6 +344,7 @@ def stops_of(
     recorded = Stop("online", replace(source, weights=weights), folder / "online", compute)
     recorder = recorder_of(recorded, part, recipe, say) if online else None
     done = warm_up(warmup, source, tokens, len(pool.kept), recipe, compute, folder, clock, progress, recorder)
+    work = warmup.epochs * sum(part.lengths) * (FULL_WORK if warmup.tuning == "full" else 1.0)
     if recorder is not None:
         if missing := recorder.missing():
             raise DataError(
@@ -333,7 +353,7 @@ def stops_of(
             )
         end = done.checkpoints[-1]
         model = replace(source_at(folder / end.folder, end, source, warmup), weights=weights)
-        return [replace(recorded, source=model)], {recorded.name: end.rate}, done.note(warmup)
+        return Warmed([replace(recorded, source=model)], {recorded.name: end.rate}, done.note(warmup), work)
     stops = []
     wanted = done.checkpoints if warmup.checkpoints == "all" else done.checkpoints[-1:]
     for checkpoint in wanted:
@@ -343,7 +363,7 @@ def stops_of(
         stops.append(
             Stop(checkpoint.name, source_at(own, checkpoint, source, warmup), place, compute, warmup.candidates, moments)
         )
-    return stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup)
+    return Warmed(stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup), work)
 
 
 def recorder_of(stop: Stop, part: TokenSet, recipe: Recipe, say: Say) -> Recorder:

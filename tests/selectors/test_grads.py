@@ -67,7 +67,7 @@ def test_it_is_the_naive_greedy_rule(seed, weights, prefer, make_problem):
     names = ("score_weight", "diversity_weight", "novelty_weight")
     selection = select(problem, 15, prefer=prefer, **dict(zip(names, weights, strict=True)))
     assert selection.rows.tolist() == chosen
-    assert selection.trace["picks"]["first"] == pytest.approx(first[chosen].tolist())
+    assert selection.trace["picks"]["score"] == pytest.approx(first[chosen].tolist())
     if weights[1]:
         assert torch.allclose(selection.scores, weights[0] * first + weights[1] * diversity, atol=1e-5)
         assert selection.trace["picks"]["diversity"] == pytest.approx(diversity[chosen].tolist(), abs=1e-5)

@@ -154,7 +154,7 @@ class GrADS:
         chosen, shortfall = pay(order, pool, budget)
 
         correlation, length_notes = length_check({"gradient score": score, "score": scores}, pool)
-        factors = {"first": first[chosen], "diversity": diversity[chosen], "novelty": 1 - nearest[: len(chosen)]}
+        factors = {"score": first[chosen], "diversity": diversity[chosen], "novelty": 1 - nearest[: len(chosen)]}
         trace = _trace(score, rows, chosen, bandwidth) | {
             "picks": {name: values.tolist() for name, values in factors.items()},
             "statistics": _statistics(pool, rows, chosen),
