@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import scipy.stats
@@ -66,3 +67,10 @@ def test_a_sample_of_one_value_has_the_same_density_everywhere():
 def test_a_single_kernel_is_the_normal_density():
     peak = density(torch.zeros(1, dtype=torch.float64), torch.tensor([0.0, 0.5], dtype=torch.float64), 0.5)
     assert peak.tolist() == pytest.approx([1 / (0.5 * math.sqrt(2 * math.pi)), math.exp(-0.5) / (0.5 * math.sqrt(2 * math.pi))])
+
+
+def test_a_million_examples_take_at_most_two_seconds():
+    x = sample(10**6)
+    started = time.process_time()
+    density(x, x, silverman(x))
+    assert time.process_time() - started < 2
