@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--drop", type=int, nargs="+", default=[3, 10])
+    parser.add_argument("--drop", type=int, nargs="*", default=[3, 10])
     parser.add_argument("--untrained-layers", type=int, default=0, help="of the model that was never trained; 0 is as many")
     parser.add_argument("--anchor", type=int, default=120, help="examples, half of each ability")
     parser.add_argument("--max-length", type=int, default=256)
