@@ -82,7 +82,7 @@ def main() -> None:
         files[role] = out / f"{role}.jsonl"
         files[role].write_bytes(b"".join(example.raw + b"\n" for example in examples))
     needs = {"model": arguments.model, "store": str(out / "store"), "max_length": 256}
-    problem = extract(Job(**needs, **{role: (str(file),) for role, file in files.items()}))
+    problem = extract(Job(**needs, **{role: (str(file),) for role, file in files.items()})).problem
     pool = problem.candidates
     assert problem.targets is not None
     assert problem.anchors is not None

@@ -171,7 +171,9 @@ def main() -> None:
         data = from_folder(arguments.data, *sizes, seed) if arguments.data else from_demo(*sizes, seed)
         store = Path(arguments.store) / f"{arguments.data.name if arguments.data else 'demo'}-{seed}"
         files = {role: (str(write(store.parent / f"{store.name}.{role}.jsonl", part)),) for role, part in data.items()}
-        problem = extract(Job(model=arguments.model, store=str(store), max_length=arguments.max_length, seed=seed, **files))
+        problem = extract(
+            Job(model=arguments.model, store=str(store), max_length=arguments.max_length, seed=seed, **files)
+        ).problem
         kinds = {e.id: row_fields(e)["planted"] for e in data["pool"]}
         tables.append(report(problem, [kinds[id] for id in problem.candidates.ids]))
         print(f"seed {seed}: {len(problem.candidates.ids)} rows; signal share and split-half rank correlation:")
