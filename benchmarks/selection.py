@@ -144,6 +144,7 @@ def _part(name: str, G: Tensor, means: dict[str, Tensor], rng: torch.Generator) 
     completion = torch.randint(10, 300, (n,), generator=rng)
     columns |= {"completion_tokens": completion, "tokens": completion + 40, "loss": torch.rand(n, generator=rng) * 3}
     columns |= {"loss/alone": columns["loss"] + torch.rand(n, generator=rng), "bm25/target": torch.rand(n, generator=rng)}
+    columns["meta/rating"] = columns["bm25/target"]
     return ArrayGradients([f"{name}-{i:07d}" for i in torch.randperm(n, generator=rng).tolist()], G, columns)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from gradsieve import cli
 from gradsieve.selectors import SELECTORS
@@ -81,10 +82,15 @@ def test_every_method_has_help_for_each_of_its_flags(method: str, capsys: pytest
         assert f"--{name.replace('_', '-')}" in shown
 
 
-def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_shows_the_table_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "make_console", lambda: Console(width=4000))
     assert cli.run(["methods"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in SELECTORS)
+    shown = "".join(capsys.readouterr().out.split())
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("| [`")]
+    assert [row[0].partition("`")[2].partition("`")[0] for row in rows] == list(SELECTORS)
+    assert all("".join(cell.split()) in shown for row in rows for cell in row[1:])
 
 
 @pytest.mark.parametrize(

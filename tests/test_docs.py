@@ -20,11 +20,11 @@ from gradsieve.demo_run import Demo
 from gradsieve.errors import InvalidArgument
 from gradsieve.export import Export
 from gradsieve.job import Job
+from gradsieve.needs import asks_for
 from gradsieve.outputs import Replay
 from gradsieve.pipeline import find_method, method_class, select
 from gradsieve.rebuild import Rebuild
 from gradsieve.selectors import SELECTORS
-from gradsieve.selectors.metadata import Metadata
 from gradsieve.transfer import Transfer
 from gradsieve.types import Budget
 
@@ -34,8 +34,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = sorted(path for path in METHODS.glob("*.md") if path.name != "README.md")
 
 WITHOUT_CARD: frozenset[str] = frozenset()
-CARD = {"orth-only": "ogs-static.md", "Metadata": "metadata.md"}  # the others have a card of their name
-DESCRIBED: dict[str, type] = {**{n: kind for n, kind in SELECTORS.items() if n not in WITHOUT_CARD}, "Metadata": Metadata}
+CARD = {"orth-only": "ogs-static.md"}  # the others have a card of their name
+DESCRIBED: dict[str, type] = {n: kind for n, kind in SELECTORS.items() if n not in WITHOUT_CARD}
 
 HEADINGS = (
     "## Equations",
@@ -254,16 +254,16 @@ def test_the_pages_show_python_and_every_card_a_command_or_a_reason() -> None:
     for card in CARDS:
         text = card.read_text(encoding="utf-8")
         assert "```python" in text, card.name
-        assert re.search(rf"^    gradsieve select {card.stem} ", text, re.MULTILINE) or card.stem == "metadata"
+        assert re.search(rf"^    gradsieve select {card.stem} ", text, re.MULTILINE)
 
 
 def test_the_readmes_table_of_methods_is_that_of_the_code() -> None:
     """Where this fails, put the rows that it prints between the two marks."""
-    rows = ["| method | picks by | reads | cost | source |", "|---|---|---|---|---|"]
+    rows = ["| method | needs | reads | picks by | cost | source |", "|---|---|---|---|---|---|"]
     for name, kind in SELECTORS.items():
         page = card_of(name).relative_to(ROOT)
-        cells = (getattr(kind, column) for column in ("picks_by", "reads", "cost", "source"))
-        rows.append(f"| [`{name}`]({page}) | {' | '.join(cells)} |")
+        cells = (getattr(kind, column) for column in ("reads", "picks_by", "cost", "source"))
+        rows.append(f"| [`{name}`]({page}) | {asks_for(kind())} | {' | '.join(cells)} |")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- methods -->\n\n(.*?)\n\n<!-- /methods -->", readme, re.DOTALL)
     assert found is not None

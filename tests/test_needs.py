@@ -8,6 +8,7 @@ from gradsieve.selectors import SELECTORS
 ASKS = {
     "random": "no pass of the model",
     "length": "no pass of the model",
+    "metadata": "no pass of the model",
     "perplexity": "forward pass",
     "ifd": "forward pass",
     "bm25": "target; no pass of the model",

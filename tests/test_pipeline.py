@@ -16,7 +16,7 @@ import gradsieve as gs
 from gradsieve.errors import GradsieveError, InvalidArgument, ModelError, StoreMismatch
 from gradsieve.pipeline import extract
 
-METHODS = [method for method in gs.SELECTORS if method != "embedding"]  # which needs an encoder
+METHODS = [method for method in gs.SELECTORS if method not in ("embedding", "metadata")]  # they need an encoder, a field
 LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: test_warmup.py
 AS_IT_IS = {"less": {"warmup_share": 0.0}, "g2is": {"warmup_share": 0.0}, "grads": {"probe_epochs": 0}}
 Write = Callable[..., Path]
@@ -222,16 +222,26 @@ def test_a_third_party_method_needs_no_registration(data: dict[str, str], tiny_m
 
 
 def test_a_number_of_the_examples_can_rank_them(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
-    from gradsieve.selectors.metadata import Metadata
-
     pool = tmp_path / "pool.jsonl"
     rows = [{"prompt": f"p{i}", "completion": f"c{i}", "stars": (i * 7) % 10} for i in range(10)]
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = gs.select(Metadata("stars"), model=str(tiny_model), pool=str(pool), budget="3").examples
+    chosen = gs.select(gs.Metadata("stars"), model=str(tiny_model), pool=str(pool), budget="3").examples
     assert [json.loads(example.raw)["stars"] for example in chosen] == [9, 8, 7]
     pool.write_text(pool.read_text() + json.dumps({"prompt": "p", "completion": "c", "stars": "many"}) + "\n")
     with pytest.raises(gs.DataError, match=r"pool.jsonl:11: field 'stars' must be a number for .*, got 'many'"):
-        gs.select(Metadata("stars"), model=str(tiny_model), pool=str(pool), budget="3")
+        gs.select(gs.Metadata("stars", missing="drop"), model=str(tiny_model), pool=str(pool), budget="3")
+    rows[9] = {"prompt": "p9", "completion": "c9", "stars": None}
+    pool.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "p", "completion": "c"}]))
+    with pytest.raises(gs.DataError, match=r"pool.jsonl:10: field 'stars' must be a number for metadata, got None"):
+        gs.select("metadata", settings={"column": "stars"}, model=str(tiny_model), pool=str(pool), budget="3")
+    dropping = {"column": "stars", "missing": "drop"}
+    result = gs.select("metadata", settings=dropping, model=str(tiny_model), pool=str(pool), budget="100%", out=tmp_path / "o")
+    assert len(result.examples) == 9
+    assert result.selection.trace["missing"] == 2
+    assert any("2 of 11 examples have no stars and are left out" in note for note in result.selection.notes)
+    scores = pq.read_table(tmp_path / "o" / "scores.parquet").to_pydict()
+    assert sum(value is None or value != value for value in scores["meta/stars"]) == 2
+    assert (tmp_path / "o" / "report.html").exists()
 
 
 def test_a_store_serves_methods_that_need_less_and_refuses_others(

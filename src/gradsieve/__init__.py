@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gradsieve.selectors import GradMatch as GradMatch
     from gradsieve.selectors import GrADS as GrADS
     from gradsieve.selectors import Length as Length
+    from gradsieve.selectors import Metadata as Metadata
     from gradsieve.selectors import OGSStatic as OGSStatic
     from gradsieve.selectors import OrthOnly as OrthOnly
     from gradsieve.selectors import Perplexity as Perplexity
@@ -63,7 +64,7 @@ _HOME = {
     "gradsieve.pipeline": ("Result", "select"),
     "gradsieve.selectors": (
         "BM25", "Embedding", "IFD", "G2IS", "LESS", "OGS", "PGM", "RDS", "SELECTORS", "Curiosity", "GrADS", "GradMatch",
-        "Length", "OGSStatic", "OrthOnly", "Perplexity", "Random",
+        "Length", "Metadata", "OGSStatic", "OrthOnly", "Perplexity", "Random",
     ),
     "gradsieve.types": (
         "ArrayGradients", "Budget", "Example", "Gradients", "Problem", "Reference", "Selection", "Selector",

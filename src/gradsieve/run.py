@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -85,11 +86,13 @@ class Run:
     warmup_work: float = 0.0
     trained_weights: int = 0
     alone: torch.Tensor | None = None
+    may_miss: bool = False
 
     @classmethod
     def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
         """Returns the run of a method."""
-        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None))
+        may_miss = getattr(selector, "missing", "refuse") != "refuse"
+        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None), may_miss=may_miss)
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
@@ -258,12 +261,14 @@ class Run:
         return columns
 
     def _numbers(self, tokens: TokenSet, need: str) -> torch.Tensor:
-        """A number that comes with the examples, `meta/FIELD`."""
-        values = []
+        """A number that comes with the examples, `meta/FIELD`; NaN where it is missing and the method does without."""
+        field, values = need.removeprefix("meta/"), []
         for example in (tokens.examples[i] for i in tokens.kept):
-            value = row_fields(example).get(need.removeprefix("meta/"))
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DataError(f"{example.origin}: field {need[5:]!r} must be a number for {self.name}, got {value!r}")
+            value = row_fields(example).get(field)
+            if value is None and self.may_miss:
+                value = math.nan
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise DataError(f"{example.origin}: field {field!r} must be a number for {self.name}, got {value!r}")
             values.append(float(value))
         return torch.tensor(values, dtype=torch.float64)
 

@@ -60,6 +60,7 @@ def build_problem(n: int, d: int = 16, m: int = 6, seed: int = 0, checkpoints: i
         columns["loss"] = torch.rand(count, generator=rng, dtype=torch.float64) * 3
         columns["loss/alone"] = columns["loss"] + torch.rand(count, generator=rng, dtype=torch.float64)
         columns["bm25/target"] = torch.rand(count, generator=rng, dtype=torch.float64)
+        columns["meta/rating"] = (5 * columns["bm25/target"]).ceil()
         names = torch.randperm(count, generator=rng).tolist()
         sketch = {"base" if c == 0 else f"epoch{c}": (H @ S).float() for c, S in enumerate(projections)}
         hidden = (H[:, : p // 2] + torch.randn(count, p // 2, generator=rng, dtype=torch.float64)).float()

@@ -79,6 +79,46 @@ def test_metadata_that_is_not_there_or_not_finite_is_refused():
         run(Metadata("stars"), 1, meta__stars=[1.0, float("nan")])
 
 
+def test_metadata_keeps_what_lies_between_two_quantiles():
+    stars = [1.0, 2.0, 3.0, 4.0, 5.0, 100.0, 0.0, 6.0, 7.0, 8.0, 9.0]
+    selection = run(Metadata("stars", at_least=0.2, at_most=0.9), 3, meta__stars=stars)
+    assert selection.rows.tolist() == [10, 9, 8]  # 100 is above the quantile of 0.9, which is 9
+    assert selection.scores.isnan().nonzero()[:, 0].tolist() == [0, 5, 6]
+    assert selection.trace["between"] == [2.0, 9.0]
+    assert "3 of 11 examples are left out: their stars lies outside 2 to 9 (quantiles 0.2 to 0.9)" in selection.notes
+    few = run(Metadata("stars", at_least=0.9), 5, meta__stars=stars)
+    assert few.rows.tolist() == [5, 10]
+    assert "2 examples are chosen of the 5" in few.notes[-1]
+
+
+def test_metadata_is_spread_over_quantile_bins_with_the_preferred_first_in_each():
+    stars = [float(i) for i in range(8)]
+    assert set(run(Metadata("stars", bins=4), 4, meta__stars=stars).rows.tolist()) == {1, 3, 5, 7}
+    assert set(run(Metadata("stars", "low", bins=2), 4, meta__stars=stars).rows.tolist()) == {0, 1, 4, 5}
+    inside = run(Metadata("stars", at_most=0.5, bins=2), 2, meta__stars=stars)  # 0 to 3: the bins are those of what is left
+    assert set(inside.rows.tolist()) == {1, 3}
+
+
+def test_metadata_that_is_missing_is_dropped_or_counts_as_the_median():
+    stars = [3.0, float("nan"), 1.0, 5.0, float("nan")]
+    dropped = run(Metadata("stars", missing="drop"), 5, ids=list("edcba"), meta__stars=stars)
+    assert dropped.rows.tolist() == [3, 0, 2]
+    assert dropped.notes[0] == "2 of 5 examples have no stars and are left out: a, d"
+    assert "3 examples are chosen of the 5" in dropped.notes[-1]
+    assert dropped.trace["missing"] == 2
+    filled = run(Metadata("stars", missing="median"), 4, ids=list("edcba"), meta__stars=stars)
+    assert filled.rows.tolist() == [3, 4, 1, 0]  # 5, then three of 3 by id
+    assert filled.notes[0] == "2 of 5 examples have no stars and count as the median, 3: a, d"
+    band = run(Metadata("stars", missing="drop", at_least=0.5), 2, meta__stars=stars)
+    assert band.trace["between"] == [3.0, 5.0]  # quantiles of those that are there
+    with pytest.raises(InvalidArgument, match="metadata needs a number 'stars' in at least one example, got none"):
+        run(Metadata("stars", missing="drop"), 1, meta__stars=[float("nan")])
+    with pytest.raises(InvalidArgument, match="must be finite, got inf for '0'"):
+        run(Metadata("stars", missing="drop"), 1, meta__stars=[float("inf")])
+    with pytest.raises(InvalidArgument, match="metadata needs the column 'meta/stars'"):
+        run(Metadata("stars", missing="drop"), 1, meta__cited=[1.0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -87,6 +127,9 @@ def test_metadata_that_is_not_there_or_not_finite_is_refused():
         (lambda: Metadata(""), "column must name one number of the examples, got ''; "),
         (lambda: Metadata("*"), r"column must name one number of the examples, got '\*'; "),
         (lambda: Metadata("stars", "most"), "prefer must be one of high, low, got 'most'"),
+        (lambda: Metadata("stars", at_least=0.5, at_most=0.5), r"0 <= at_least < at_most <= 1, got 0.5 and 0.5"),
+        (lambda: Metadata("stars", bins=0), "bins must be at least 1, got 0; "),
+        (lambda: Metadata("stars", missing="zero"), "missing must be one of refuse, drop, median, got 'zero'"),
     ],
 )
 def test_settings_that_break_a_rule_are_refused(make, message):

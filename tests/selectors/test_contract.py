@@ -24,6 +24,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
     ],
     "curiosity": [{"rank": 2, "noise": 1.0}],
     "length": [{"prefer": "short"}],
+    "metadata": [{"prefer": "low", "bins": 3}, {"at_least": 0.25, "at_most": 0.75}],
     "perplexity": [{"centre": 1.0}],
     "g2is": [{"mode": "paper", "neighbours": 0}, {"explained": 0.9, "neighbours": 3, "on_shortfall": "next-component"}],
     "gradmatch": [{"match": "pool", "lam": 0.0}],
@@ -55,7 +56,7 @@ def run(method: Selector, problem: Problem, budget: str = "25%", seed: int = 0) 
 
 
 def reads_gradients(method: Selector) -> bool:
-    return bool(method.needs - {"tokens", "completion_tokens", "loss", "loss/alone", "bm25/target"})
+    return bool(method.needs - {"tokens", "completion_tokens", "loss", "loss/alone", "bm25/target", "meta/rating"})
 
 
 def chosen_ids(selection: Selection, problem: Problem) -> list[str]:

@@ -26,6 +26,7 @@ from gradsieve.selectors.grads import GrADS
 from gradsieve.selectors.ifd import IFD
 from gradsieve.selectors.length import Length
 from gradsieve.selectors.less import LESS
+from gradsieve.selectors.metadata import Metadata
 from gradsieve.selectors.ogs import OGS
 from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
@@ -38,6 +39,7 @@ from gradsieve.types import Selector
 SELECTORS: dict[str, type[Selector]] = {
     "random": Random,
     "length": Length,
+    "metadata": Metadata,
     "perplexity": Perplexity,
     "ifd": IFD,
     "bm25": BM25,
@@ -68,6 +70,7 @@ __all__ = [
     "GrADS",
     "GradMatch",
     "Length",
+    "Metadata",
     "OGSStatic",
     "OrthOnly",
     "Perplexity",
