@@ -133,6 +133,17 @@ def test_the_selection_keeps_the_budget_and_is_well_formed(name, method, budget,
 
 
 @every_method
+@pytest.mark.parametrize("budget", ["150tok", "600tok"])
+def test_a_token_budget_is_spent_or_the_shortfall_has_a_note(name, method, budget, make_problem):
+    problem = make_problem(28)
+    selection = run(method, problem, budget)
+    spent = problem.candidates.columns["tokens"][selection.rows].sum()
+    most = int(budget.removesuffix("tok"))
+    assert spent <= most
+    assert spent >= 0.95 * most or any(f"spend {int(spent)} of the budget's {most} tokens" in note for note in selection.notes)
+
+
+@every_method
 def test_the_same_seed_gives_the_same_selection(name, method, make_problem):
     problem = make_problem(30)
     a, b = run(method, problem, seed=5), run(method, problem, seed=5)
