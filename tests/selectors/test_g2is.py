@@ -182,7 +182,7 @@ def test_a_component_starts_among_the_candidates_furthest_along_its_direction_an
     assert seen["start"] > 5
 
 
-def test_a_component_without_a_start_says_so_and_may_pass_its_budget_on(monkeypatch):
+def test_a_component_without_a_start_says_so(monkeypatch):
     monkeypatch.setattr(g2is_walk, "START_AMONG", 1)
     G, T = [[2.0, 1.0], [2.0, 1.1], [1.0, 2.0]], [[1.0, 0.9], [-1.0, -0.9], [0.9, -1.0], [-0.9, 1.0]]
     stopped = run(G2IS("paper", explained=0.99, compare_modes=False), problem_of(G, T), 2)
