@@ -22,6 +22,7 @@ from gradsieve.extraction import (
     UnitMean,
     contrast,
     form_note,
+    linked,
     measure_references,
     token_batches,
     with_form,
@@ -104,6 +105,21 @@ def test_the_halves_of_a_reference_make_up_its_mean_and_those_of_a_contrast_thei
     assert torch.allclose(
         measure_references(model, compute, {"target": turned}).halves["target"], found.halves["target"], atol=1e-6
     )
+
+
+def test_pairs_that_exchanged_their_answers_are_not_torn_apart(data: dict[str, str], tiny_model: Path) -> None:
+    source = find_model(tiny_model)
+    compute = ComputeSettings(EngineSettings("linear", SketchPlan(4096, 0)), torch.float32, "cpu", 100)
+    examples = list(read_examples([data["anchor"]]).examples)
+    exchanged, _ = contrast(corrupt(examples, "exchange"), "anchor", source, compute, None)
+    answers = [[example.messages[-1]["content"] for example in side.examples] for side in (exchanged.right, exchanged.wrong)]
+    units = linked(exchanged)
+    assert sorted(i for unit in units for i in unit) == list(range(6))
+    assert 1 < len(units) < 6
+    for unit in units:
+        assert sorted(answers[0][i] for i in unit) == sorted(answers[1][i] for i in unit)  # nothing of another unit
+    numbers, _ = contrast(corrupt(examples, "numbers"), "anchor", source, compute, None)
+    assert sorted(linked(numbers)) == [[i] for i in range(6)]
 
 
 def test_the_memory_of_exact_references_is_that_of_whole_gradients_in_the_models_precision(tiny_model: Path) -> None:

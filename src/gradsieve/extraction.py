@@ -387,8 +387,11 @@ def measure_references(
             whole = average([side.tokens[i] for i in order], engine, scale=1 / norms, sketched=not wide)
             return whole, whole.sketches
         (right, first), (wrong, second) = mean(source.right, engine), mean(source.wrong, engine)
-        pairs = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
-        return right.minus(wrong, pairs), [(pairs[0] - pairs[1])[_longest_first(source.right)]]
+        pairs: tuple[torch.Tensor, ...] = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
+        units = linked(source)
+        if len(units) > 1:
+            pairs = tuple(torch.stack([side[unit].mean(0) for unit in units]) for side in pairs)
+        return right.minus(wrong, pairs), [pairs[0] - pairs[1]] if len(units) > 1 else []
 
     with GradientEngine(model, settings, checkpointing=compute.checkpointing) as engine:
         for name, source in sources.items():
@@ -397,6 +400,27 @@ def measure_references(
             if sketches and not wide:  # the candidates' own sketches are narrow
                 split[name] = halves(torch.cat(sketches)).cpu()
     return replace(References.of_units(units, settings.sketch if wide else None), halves=split)
+
+
+def linked(source: Contrast) -> list[list[int]]:
+    """Returns the positions of a contrast's pairs in groups that share answers, in an order that follows from their keys.
+
+    Where answers are exchanged, the right answer of one pair is the wrong one of another: what the two add to the contrast is
+    not independent, and neither a variance nor a split may come between them.
+    """
+    first: dict[bytes, int] = {}
+    group = list(range(len(source.right.tokens)))
+    for side in (source.right, source.wrong):
+        for i, tokens in enumerate(side.tokens):
+            labels = np.asarray(tokens.labels)
+            j = first.setdefault(labels[labels != IGNORE].tobytes(), i)
+            old, new = group[i], group[j]
+            if old != new:
+                group = [new if own == old else own for own in group]
+    units: dict[int, list[int]] = {}
+    for i in sorted(range(len(group)), key=lambda i: source.right.keys[i]):
+        units.setdefault(group[i], []).append(i)
+    return list(units.values())
 
 
 def _longest_first(side: TokenSet) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -84,7 +84,7 @@ class MeanGradient:
         """Returns ‖r‖²."""
         return float(sum(squared_norm(tensor[None]).sum() for tensor in self.tensors.values()))
 
-    def minus(self, other: MeanGradient, pairs: tuple[Tensor, Tensor] | None = None) -> MeanGradient:
+    def minus(self, other: MeanGradient, pairs: Sequence[Tensor] | None = None) -> MeanGradient:
         """Returns the contrast D = self - other (OGS-10), emptying `other` to bound the memory.
 
         Its noise is that of paired differences d_i = g_i - g'_i where `pairs` is given, (mean ‖d_i‖² - ‖D‖²)/(m - 1), with
@@ -93,13 +93,14 @@ class MeanGradient:
 
         Args:
             other: The mean of the corrupted copies.
-            pairs: float32 [m, d] twice, the sketches of the examples and, in the same order, of their copies.
+            pairs: float32 [m, d] twice, the sketches of the examples and, in the same order, of their copies; or the means of
+                groups of pairs that are independent of each other where the pairs are not.
         """
         tensors = {name: other.tensors.pop(name).neg_().add_(tensor) for name, tensor in self.tensors.items()}
         contrast = MeanGradient(tensors, self.count, self.noise + other.noise, self.dtype)
         if pairs is not None:
             squares = (pairs[0] - pairs[1]).double().square().sum(1).mean()
-            contrast.noise = (float(squares) - contrast.squared_norm()) / (self.count - 1)
+            contrast.noise = (float(squares) - contrast.squared_norm()) / (len(pairs[0]) - 1)
         return contrast
 
     def facts(self) -> Reference:
