@@ -65,7 +65,7 @@ def test_references_that_do_not_fit_are_wide_sketches_and_it_is_said(
         assert "batch_tokens" not in manifest
     for name in exact.references:
         error = cosines(wide, name) - cosines(exact, name)
-        assert 1e-7 < error.square().mean().sqrt() < 0.05, name  # two layers of 32 x 48 are far from independent numbers
+        assert 1e-7 < error.square().mean().sqrt() < 0.01, name  # a hundred cosines that share a direction
         assert wide.references[name].count == exact.references[name].count
         assert wide.references[name].norm == pytest.approx(exact.references[name].norm, rel=0.1)
         assert wide.references[name].split_half is None

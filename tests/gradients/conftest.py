@@ -105,7 +105,7 @@ class Naive:
         return {key: torch.stack([g[key] for g in chosen]).mean(0) for key in chosen[0]}
 
     def sketch(self, z: int, names: Sequence[str], plan: SketchPlan) -> Tensor:
-        """Σ P_outᵀ G P_in over the parameters, folded to d numbers."""
+        """Σ P_outᵀ G P_in over the parameters, or G's signed entries at their places, folded to d numbers."""
         readers = {} if set(names) <= set(self.ends) else first_readers(self.model, names)
         readers = {name: reader for name, reader in readers.items() if name not in self.ends}
         cells = torch.zeros(plan.side, plan.side, dtype=torch.float64)
@@ -114,6 +114,11 @@ class Naive:
             if G.shape[1] == 1:
                 place, sign = plan.vector_buckets(name, len(G))
                 cells.view(-1).index_add_(0, place, G[:, 0] * sign)
+            elif plan.entrywise and name not in self.ends:
+                i, j = (torch.arange(n) for n in G.shape)
+                place = (plan.offset(name) + i[:, None] * G.shape[1] + j) % plan.dim
+                sign = plan.signs(f"{name}/out", len(i))[:, None] * plan.signs(f"{name}/in", len(j))
+                cells.view(-1).index_add_(0, place.flatten(), (G * sign).flatten())
             else:
                 left = plan.projection(f"{key}/out", G.shape[0]).double()
                 right = plan.projection(f"{readers.get(name, key)}/in", G.shape[1]).double()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.gradients.sketch import SketchPlan, add_entries
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -77,6 +77,33 @@ def test_the_fold_and_the_vector_sketch_keep_inner_products_in_the_mean() -> Non
         hashed.append(torch.dot(*parts))
     for samples, truth in ((torch.stack(folded), u @ v), (torch.stack(hashed), u[:300] @ v[:300])):
         assert abs(samples.mean() - truth) < 4 * samples.std() / math.sqrt(150)
+
+
+@settings(max_examples=40, deadline=None)
+@given(d=st.integers(1, 9), n=st.integers(0, 40), start=st.integers(0, 8))
+def test_entries_go_round_the_cells(d: int, n: int, start: int) -> None:
+    G, cells = torch.arange(2.0 * n).view(2, n), torch.ones(2, d)
+    add_entries(cells, G, start % d)
+    expected = torch.ones(2, d).index_add_(1, (start % d + torch.arange(n)) % d, G)
+    assert torch.equal(cells, expected)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_the_widest_sketch_has_the_noise_of_its_size_for_gradients_of_rank_one(name: str) -> None:
+    rng = torch.Generator().manual_seed(len(name))
+    u, v, x = (torch.nn.functional.normalize(torch.randn(300, generator=rng, dtype=torch.float64), dim=0) for _ in range(3))
+    G, H = torch.outer(u, v), torch.outer(0.6 * u + 0.8 * x, v)  # a shared input direction, as layers have
+    errors = []
+    for seed in range(60):
+        plan = SketchPlan(65536, seed)
+        assert plan.entrywise
+        signs = plan.signs(f"{name}/out", 300)[:, None] * plan.signs(f"{name}/in", 300)
+        cells = torch.zeros(2, 65536, dtype=torch.float64)
+        add_entries(cells, (torch.stack([G, H]) * signs).flatten(1), plan.offset(name))
+        errors.append(float(cells[0] @ cells[1] - (G * H).sum()))
+    error = torch.tensor(errors)
+    assert error.square().mean().sqrt() < 1.3 * 65536**-0.5  # from both sides with k = 256: about 0.06
+    assert error.mean().abs() < 4 * error.std() / 60**0.5
 
 
 def test_signs_are_the_same_on_every_machine() -> None:

@@ -4,6 +4,11 @@ A weight gradient G [d_out, d_in] is projected from both sides with sign matrice
 sketches of all parameters are *summed* (independent signs per parameter, so cross terms vanish in the mean) and, where
 d < k², folded to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of a cosine is about 1/√d.
 
+That noise has a part that k² does not help against: ‖GᵀH‖²/k and ‖GHᵀ‖²/k per matrix, which is large where gradients have few
+directions, as they do. The widest sketch (d = 65,536, never stored) is therefore made of the entries of G itself: entry (i, j)
+adds to cell (o + i d_in + j) mod d with sign s_i t_j, where offset o and signs s, t are the parameter's own. Two entries of one
+matrix share a cell only where they are d places apart, and the noise of a cosine is 1/√d for gradients of any rank.
+
 Every sign comes from a counter-based generator keyed by (seed, name), so that two machines make the same projection without
 shipping it, and ±1/√k is exact in binary for k = 16, 64, 256.
 """
@@ -32,6 +37,21 @@ def _signs(seed: int, name: str, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=count).astype(np.float32)).mul_(2).sub_(1)
 
 
+LARGEST = 65536
+"""The largest size of a sketch, and the one that is made entry by entry."""
+
+
+def add_entries(cells: Tensor, G: Tensor, start: int) -> None:
+    """Adds the entries of G [b, n], one after the other, to cells [b, d] from `start` on, beginning anew at each end."""
+    d, n = cells.shape[1], G.shape[1]
+    first = min(d - start, n)
+    cells[:, start : start + first] += G[:, :first]
+    rounds = (n - first) // d
+    if rounds:
+        cells += G[:, first : first + rounds * d].unflatten(1, (rounds, d)).sum(1)
+    cells[:, : n - first - rounds * d] += G[:, first + rounds * d :]
+
+
 @dataclass(frozen=True, slots=True)
 class SketchPlan:
     """Which projection is meant: with the model's parameter names it fixes every sign.
@@ -45,13 +65,26 @@ class SketchPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 16 <= self.dim <= 65536:
-            raise InvalidArgument(f"dim must lie in [16, 65536], got {self.dim}; 1024 and 4096 are usual")
+        if not 16 <= self.dim <= LARGEST:
+            raise InvalidArgument(f"dim must lie in [16, {LARGEST}], got {self.dim}; 1024 and 4096 are usual")
 
     @property
     def side(self) -> int:
         """k: 64, or for d above 4096 the smallest multiple of 16 with k² ≥ d."""
         return 64 if self.dim <= 4096 else 16 * ((math.isqrt(self.dim - 1) + 16) // 16)
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether matrices are sketched entry by entry, not from both sides."""
+        return self.dim == LARGEST
+
+    def offset(self, name: str) -> int:
+        """Returns the cell of a matrix's first entry where it is sketched entry by entry."""
+        return int(_generator(self.seed, f"{name}/offset").integers(0, self.dim))
+
+    def signs(self, name: str, size: int) -> Tensor:
+        """Returns the signs of one axis of a matrix that is sketched entry by entry, float32 [size]."""
+        return _signs(self.seed, f"{name}/entries", size)
 
     def projection(self, name: str, size: int) -> Tensor:
         """Returns the sign matrix of one axis, float32 [size, k], entries ±1/√k."""

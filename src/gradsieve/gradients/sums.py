@@ -7,6 +7,7 @@ with the references [B, r].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from gradsieve.gradients.head import Errors, Supervised
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.readings import Reading
 from gradsieve.gradients.settings import Block
-from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.gradients.sketch import SketchPlan, add_entries
 from gradsieve.gradients.statistics import Statistics
 from gradsieve.gradients.tools import Tools
 
@@ -52,6 +53,7 @@ class Sums:
         self.counts = torch.zeros(batch, dtype=torch.float64, device=tools.device)
         plans = tools.plans if mean is None else tools.plans[: int(mean.sketched)]
         self._cells = {plan: torch.zeros(batch, plan.side, plan.side, dtype=tools.dtype, device=tools.device) for plan in plans}
+        self._factored = {plan: cells for plan, cells in self._cells.items() if not plan.entrywise}
         self._dots = torch.zeros(batch, len(self.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(batch, dtype=torch.float64, device=tools.device)
         self._cross: dict[int, tuple[Tensor, Tensor]] = {}
@@ -73,7 +75,7 @@ class Sums:
                 columns |= statistics.columns(EXTREMES if self.extremes else MOMENTS, group)
         if self.references.wide is not None:
             wide = self.tools.fold(self.references.wide, self._cells[self.references.wide])
-            self._dots += wide @ self.references.tensors[WIDE][:, 0].T
+            self._dots += wide.double() @ self.references.tensors[WIDE][:, 0].double().T
         columns |= {f"dot/{name}": self._dots[:, i] for i, name in enumerate(self.references.names)}
         return Block(self.sketch(), columns)
 
@@ -82,17 +84,19 @@ class Sums:
         if self.adam is not None:
             return layers.Way(products=True, sketch_products=True)
         d_out, d_in = site.product_shape
-        return layers.choose_way(
+        entrywise = any(plan.entrywise for plan in self._cells)
+        way = layers.choose_way(
             length,
             d_out,
             d_in,
             sharers,
-            side=sum(plan.side for plan in self._cells),
+            side=sum(plan.side for plan in self._factored),
             norm=self.norm,
             extremes=self.extremes,
             references=len(self.references.names) if self.references.full else 0,
             half=site.parameter.dtype.itemsize < 4,
         )
+        return replace(way, products=True) if entrywise else way
 
     def groups_of(self, site: Site | None, end: str | None = None) -> list[Statistics]:
         """Returns the groups that a site's gradient belongs to: φ and its own where it is chosen, and its end's signals."""
@@ -109,7 +113,7 @@ class Sums:
 
     def prepare(self, reading: Reading, a: Tensor) -> None:
         """Makes all that a reading's layers want of a [B, T, d_in] where none of them wants the tensor itself."""
-        for plan in self._cells:
+        for plan in self._factored:
             self._project(plan, reading, a)
         if self.norm:
             self._gram(reading, a)
@@ -134,7 +138,7 @@ class Sums:
         if self.mean is not None:
             assert a is not None
             self.mean.add_product(site.name, b.flatten(0, 1), a.flatten(0, 1), part)
-        for plan, cells in self._cells.items() if not way.sketch_products else ():
+        for plan, cells in self._factored.items() if not way.sketch_products else ():
             left = b @ self.tools.projection(plan, f"{site.name}/out", site.shape[0], b.dtype)[part]
             cells[rows] += torch.bmm(left.mT, self._project(plan, reading, a))
         if self.moments and self.adam is None:
@@ -211,9 +215,20 @@ class Sums:
                     group.extend(smallest, largest, mine)
             if len(references):
                 self._dots[mine] += layers.dots(G, references[:, columns].to(G.dtype))
-            for plan, cells in self._cells.items() if way.sketch_products else ():
+            for plan, cells in self._factored.items() if way.sketch_products else ():
                 left = tools.projection(plan, f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
                 cells[mine] += layers.sketch_of(G, left, tools.projection(plan, f"{reader}/in", a.shape[2], G.dtype))
+            self._add_entries(site, G, mine, (part.start or 0) + columns.start)  # last: it may change the tile
+
+    def _add_entries(self, site: Site, G: Tensor, members: Tensor, row: int = 0) -> None:
+        """Adds part of a gradient [b, n, d_in], from this row of the whole on, to the entrywise sketches; overwrites it."""
+        for plan, cells in self._cells.items():
+            if plan.entrywise:
+                start, rows, columns = self.tools.entries(plan, site.name, site.shape)
+                signed = G.mul_(rows[row : row + G.shape[1], None].to(G.dtype)).mul_(columns.to(G.dtype))
+                own = cells.flatten(1)[members]
+                add_entries(own, signed.flatten(1).to(own.dtype), (start + row * site.shape[1]) % plan.dim)
+                cells.flatten(1)[members] = own
 
     def add_whole(self, site: Site, G: Tensor) -> None:
         """Adds the gradients of a small parameter themselves, [B, …] in the parameter's own shape."""
@@ -224,7 +239,9 @@ class Sums:
         if self.mean is not None:
             self.mean.tensors[name] += G.sum(0)
         for plan, cells in self._cells.items():
-            if site.shape[1] > 1:
+            if plan.entrywise and site.shape[1] > 1:
+                self._add_entries(site, G.clone(), torch.arange(len(G), device=G.device))
+            elif site.shape[1] > 1:
                 left = tools.projection(plan, f"{name}/out", site.shape[0], G.dtype)
                 cells += layers.sketch_of(G, left, tools.projection(plan, f"{name}/in", site.shape[1], G.dtype))
             else:

@@ -43,6 +43,7 @@ class Tools:
         self.repeated: frozenset[nn.Module] = frozenset()
         self._projections: dict[tuple[SketchPlan, str, torch.dtype], Tensor] = {}
         self._buckets: dict[tuple[SketchPlan, str], tuple[Tensor, Tensor]] = {}
+        self._entries: dict[tuple[SketchPlan, str], tuple[int, Tensor, Tensor]] = {}
         self._folds = {plan: tuple(part.to(self.device) for part in plan.fold()) for plan in self.plans}
         self._buffer: dict[torch.dtype, Tensor] = {}
 
@@ -73,6 +74,15 @@ class Tools:
             cell, sign = plan.vector_buckets(name, size)
             self._buckets[plan, name] = cell.to(self.device), sign.to(self.device, self.dtype)
         return self._buckets[plan, name]
+
+    def entries(self, plan: SketchPlan, name: str, shape: tuple[int, int]) -> tuple[int, Tensor, Tensor]:
+        """Returns where a matrix's first entry goes in an entrywise sketch, and signs of its rows and columns, made once."""
+        if (plan, name) not in self._entries:
+            rows, columns = (plan.signs(f"{name}/{axis}", n) for axis, n in zip(("out", "in"), shape, strict=True))
+            self._entries[plan, name] = (
+                plan.offset(name), rows.to(self.device, self.dtype), columns.to(self.device, self.dtype)
+            )  # fmt: skip
+        return self._entries[plan, name]
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns reused memory: fresh large temporaries cost more than the products in them."""

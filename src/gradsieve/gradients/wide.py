@@ -1,7 +1,8 @@
 """Reference directions where full gradients do not fit: wide sketches, made per batch, multiplied and dropped.
 
-<g, r> is estimated by <Sg, Sr> with d = 65,536 (k = 256): unbiased, with an error of a cosine of about 1/√d. A direction then
-takes 256 KiB instead of one number per parameter, for any model.
+<g, r> is estimated by <Sg, Sr> with d = 65,536: unbiased, with an error of a cosine of about 1/√d = 0.004, because matrices are
+sketched entry by entry (`gradsieve.gradients.sketch`). Each layer's gradient is formed per example, as exact products have it
+too. A direction then takes 256 KiB instead of one number per parameter, for any model.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import torch
 
 from gradsieve.gradients.directions import WIDE, MeanGradient
 from gradsieve.gradients.settings import Block, EngineSettings
+from gradsieve.gradients.sketch import LARGEST as DIM
 from gradsieve.gradients.sketch import SketchPlan
-
-DIM = 65536
 
 
 def wide_plan(sketch: SketchPlan) -> SketchPlan:
