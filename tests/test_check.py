@@ -35,7 +35,9 @@ def flags(job: gs.Job) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-@pytest.mark.parametrize("changes", [{}, {"params": "all"}, {"reduction": "sum", "dtype": "float64"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"params": "all"}, {"params": "all", "dim": 65536}, {"reduction": "sum", "dtype": "float64"}]
+)
 def test_a_store_agrees_with_the_loop(job: gs.Job, changes: dict[str, Any]) -> None:
     done = extract(dataclasses.replace(job, **changes), check=3)
     names = {one.name for one in done.checked}

@@ -114,10 +114,10 @@ class Naive:
             if G.shape[1] == 1:
                 place, sign = plan.vector_buckets(name, len(G))
                 cells.view(-1).index_add_(0, place, G[:, 0] * sign)
-            elif plan.entrywise and name not in self.ends:
+            elif plan.entrywise:
                 i, j = (torch.arange(n) for n in G.shape)
-                place = (plan.offset(name) + i[:, None] * G.shape[1] + j) % plan.dim
-                sign = plan.signs(f"{name}/out", len(i))[:, None] * plan.signs(f"{name}/in", len(j))
+                place = (plan.offset(key) + i[:, None] * G.shape[1] + j) % 65521
+                sign = plan.signs(f"{key}/out", len(i))[:, None] * plan.signs(f"{key}/in", len(j))
                 cells.view(-1).index_add_(0, place.flatten(), (G * sign).flatten())
             else:
                 left = plan.projection(f"{key}/out", G.shape[0]).double()

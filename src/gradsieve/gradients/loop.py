@@ -124,7 +124,7 @@ class Loop:
         return names, [watch(site) for site in self.sites if site.is_linear], kept
 
     def _sketch(self, gradients: Mapping[str, Tensor], readers: Mapping[str, str]) -> Tensor:
-        """Returns Σ P_outᵀ G P_in over the parameters, folded to d numbers."""
+        """Returns Σ P_outᵀ G P_in over the parameters, or their signed entries at their places, folded to d numbers."""
         plan: SketchPlan = self.settings.sketch
         cells = torch.zeros(plan.side, plan.side, dtype=torch.float64)
         for site in self.sites:
@@ -132,6 +132,10 @@ class Loop:
             if G.shape[1] == 1:
                 place, sign = plan.vector_buckets(site.name, len(G))
                 cells.view(-1).index_add_(0, place, G[:, 0] * sign)
+            elif plan.entrywise:
+                sign = plan.signs(f"{key}/out", len(G))[:, None] * plan.signs(f"{key}/in", G.shape[1])
+                place = plan.places(key, torch.arange(len(G)), G.shape[1])
+                cells.view(-1).index_add_(0, place.flatten(), (G * sign).flatten())
             else:
                 left = plan.projection(f"{key}/out", G.shape[0]).double()
                 cells += left.T @ G @ plan.projection(f"{readers.get(site.name, key)}/in", G.shape[1]).double()

@@ -6,8 +6,9 @@ d < k², folded to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of 
 
 That noise has a part that k² does not help against: ‖GᵀH‖²/k and ‖GHᵀ‖²/k per matrix, which is large where gradients have few
 directions, as they do. The widest sketch (d = 65,536, never stored) is therefore made of the entries of G itself: entry (i, j)
-adds to cell (o + i d_in + j) mod d with sign s_i t_j, where offset o and signs s, t are the parameter's own. Two entries of one
-matrix share a cell only where they are d places apart, and the noise of a cosine is 1/√d for gradients of any rank.
+adds to cell (o + i d_in + j) mod 65,521 with sign s_i t_j, where offset o and signs s, t are the parameter's own. The largest
+prime below d keeps two entries of one column out of one cell: with 65,536 they would meet there wherever d_in is a power of
+two, and a cosine would be off by 0.2. So the noise of a cosine is 1/√d for gradients of any rank and width.
 
 Every sign comes from a counter-based generator keyed by (seed, name), so that two machines make the same projection without
 shipping it, and ±1/√k is exact in binary for k = 16, 64, 256.
@@ -39,10 +40,11 @@ def _signs(seed: int, name: str, count: int) -> Tensor:
 
 LARGEST = 65536
 """The largest size of a sketch, and the one that is made entry by entry."""
+PLACES = 65521  # the largest prime below: cells that entries go to
 
 
 def add_entries(cells: Tensor, G: Tensor, start: int) -> None:
-    """Adds the entries of G [b, n], one after the other, to cells [b, d] from `start` on, beginning anew at each end."""
+    """Adds the entries of G [b, n], one after the other, to cells [b, d] from `start` on, going round."""
     d, n = cells.shape[1], G.shape[1]
     first = min(d - start, n)
     cells[:, start : start + first] += G[:, :first]
@@ -80,7 +82,11 @@ class SketchPlan:
 
     def offset(self, name: str) -> int:
         """Returns the cell of a matrix's first entry where it is sketched entry by entry."""
-        return int(_generator(self.seed, f"{name}/offset").integers(0, self.dim))
+        return int(_generator(self.seed, f"{name}/offset").integers(0, PLACES))
+
+    def places(self, name: str, rows: Tensor, columns: int) -> Tensor:
+        """Returns the cells of some rows (int64 [n]) of a matrix sketched entry by entry, int64 [n, columns]."""
+        return (self.offset(name) + rows[:, None] * columns + torch.arange(columns, device=rows.device)) % PLACES
 
     def signs(self, name: str, size: int) -> Tensor:
         """Returns the signs of one axis of a matrix that is sketched entry by entry, float32 [size]."""

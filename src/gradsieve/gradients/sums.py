@@ -19,7 +19,7 @@ from gradsieve.gradients.head import Errors, Supervised
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.readings import Reading
 from gradsieve.gradients.settings import Block
-from gradsieve.gradients.sketch import SketchPlan, add_entries
+from gradsieve.gradients.sketch import PLACES, SketchPlan, add_entries
 from gradsieve.gradients.statistics import Statistics
 from gradsieve.gradients.tools import Tools
 
@@ -224,10 +224,10 @@ class Sums:
         """Adds part of a gradient [b, n, d_in], from this row of the whole on, to the entrywise sketches; overwrites it."""
         for plan, cells in self._cells.items():
             if plan.entrywise:
-                start, rows, columns = self.tools.entries(plan, site.name, site.shape)
+                start, rows, columns = self.tools.entries(plan, self.tools.key(site), site.shape)
                 signed = G.mul_(rows[row : row + G.shape[1], None].to(G.dtype)).mul_(columns.to(G.dtype))
                 own = cells.flatten(1)[members]
-                add_entries(own, signed.flatten(1).to(own.dtype), (start + row * site.shape[1]) % plan.dim)
+                add_entries(own[:, :PLACES], signed.flatten(1).to(own.dtype), (start + row * site.shape[1]) % PLACES)
                 cells.flatten(1)[members] = own
 
     def add_whole(self, site: Site, G: Tensor) -> None:
@@ -263,7 +263,8 @@ class Sums:
             self.mean.tensors[tools.key(site)].index_add_(0, ids.flatten(), b.flatten(0, 1))
         if chosen is not None:
             key = tools.key(site)
-            for plan, cells in self._cells.items():
+            self._add_embedding_entries(site, ids, b)
+            for plan, cells in self._factored.items():
                 left = tools.projection(plan, f"{key}/out", site.shape[0], b.dtype)[ids]
                 cells.baddbmm_(left.mT, b @ tools.projection(plan, f"{key}/in", b.shape[2], b.dtype))
             for i, R in enumerate(self.references.of(key)):
@@ -275,6 +276,17 @@ class Sums:
                 group.merge(own)
         for z, (e, h) in self._cross.items() if chosen is not None and end == "embedding" else ():
             self.groups[""].squares[z] += 2 * (e.to(b.dtype) * (h.to(b.dtype) @ b[z].T)).sum(dtype=torch.float64)
+
+    def _add_embedding_entries(self, site: Site, ids: Tensor, b: Tensor) -> None:
+        """Adds an embedding's gradient to the entrywise sketches."""
+        key = self.tools.key(site)
+        for plan, cells in self._cells.items():
+            if plan.entrywise:
+                example, token, token_rows = layers.embedding_rows(ids, b)
+                _, rows, columns = self.tools.entries(plan, key, site.shape)
+                place = example[:, None] * plan.dim + plan.places(key, token, site.shape[1])
+                signed = token_rows * rows[token, None] * columns
+                cells.view(-1).index_add_(0, place.flatten(), signed.to(cells.dtype).flatten())
 
     # -- the head ----------------------------------------------------------------------------------------------------
 
@@ -315,7 +327,11 @@ class Sums:
         tools, key = self.tools, self.tools.key(site)
         if self.mean is not None:
             self.mean.add_product(key, error, h)
-        for plan, cells in self._cells.items():
+        for z, run in supervised.inside(first, last) if len(self._factored) < len(self._cells) else ():
+            own = torch.tensor([z], device=h.device)
+            for part in tools.head.tiles(h.shape[1]):
+                self._add_entries(site, (error[run, part].T @ h[run])[None], own, part.start)
+        for plan, cells in self._factored.items():
             left = error @ tools.projection(plan, f"{key}/out", error.shape[1], error.dtype)
             right = h @ tools.projection(plan, f"{key}/in", h.shape[1], h.dtype)
             for z, run in supervised.inside(first, last):

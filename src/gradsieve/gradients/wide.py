@@ -13,8 +13,9 @@ import torch
 
 from gradsieve.gradients.directions import WIDE, MeanGradient
 from gradsieve.gradients.settings import Block, EngineSettings
-from gradsieve.gradients.sketch import LARGEST as DIM
-from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.gradients.sketch import LARGEST, SketchPlan
+
+DIM = LARGEST
 
 
 def wide_plan(sketch: SketchPlan) -> SketchPlan:
