@@ -23,7 +23,10 @@ def wide_references(twin: Any, model: Any, settings: EngineSettings, halves: dic
 
 
 @pytest.mark.parametrize(("family", "spec"), [("llama-tied", "all"), ("gpt2", "linear,vectors"), ("llama", "lora")])
-def test_products_are_those_of_the_wide_sketches_of_the_loop(twin: Any, family: str, spec: str) -> None:
+def test_products_are_those_of_the_wide_sketches_of_the_loop(
+    twin: Any, family: str, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradsieve.gradients.head.TILE_FLOATS", 1000)  # several tiles of the vocabulary
     model = twin.model(family, torch.float64)
     if spec == "lora":
         model = twin.lora(model, torch.float64).get_base_model()
