@@ -36,7 +36,7 @@ from gradsieve.types import Example, Reference
 
 log = logging.getLogger(__name__)
 Form = Literal["exact", "wide sketch"]
-ENGINE_VERSION = 2  # raised whenever the numbers of a row change
+ENGINE_VERSION = 3  # raised whenever the numbers of a row change
 REFERENCE_MEMORY = 8192  # MiB
 BATCH_TOKENS = 1024
 

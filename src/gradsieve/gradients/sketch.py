@@ -5,10 +5,11 @@ sketches of all parameters are *summed* (independent signs per parameter, so cro
 d < k², folded to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of a cosine is about 1/√d.
 
 That noise has a part that k² does not help against: ‖GᵀH‖²/k and ‖GHᵀ‖²/k per matrix, which is large where gradients have few
-directions, as they do. The widest sketch (d = 65,536, never stored) is therefore made of the entries of G itself: entry (i, j)
-adds to cell (o + i d_in + j) mod 65,521 with sign s_i t_j, where offset o and signs s, t are the parameter's own. The largest
-prime below d keeps two entries of one column out of one cell: with 65,536 they would meet there wherever d_in is a power of
-two, and a cosine would be off by 0.2. So the noise of a cosine is 1/√d for gradients of any rank and width.
+directions, as they do. The widest sketch (d = 65,536, that of references that do not fit) is therefore made of the entries of
+G itself: entry (i, j) adds to cell (o + i d_in + j) mod 65,521 with sign s_i t_j, where offset o and signs s, t are the
+parameter's own. The largest prime below d keeps two entries of one column out of one cell: with 65,536 they would meet there
+wherever d_in is a power of two, and a cosine would be off by 0.2. So the noise of a cosine is 1/√d for gradients of any rank
+and width.
 
 Every sign comes from a counter-based generator keyed by (seed, name), so that two machines make the same projection without
 shipping it, and ±1/√k is exact in binary for k = 16, 64, 256.
