@@ -123,6 +123,19 @@ def test_tokens_of_each_example_go_to_their_own_experts(twin: Any) -> None:
     twin.compare(model, "re:experts", names, rows * 2, 1e-9)
 
 
+@pytest.mark.parametrize("tile", [1, 1 << 20], ids=["tiles of rows", "whole"])
+def test_the_widest_sketch_of_experts_has_their_entries_at_their_places(
+    twin: Any, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradsieve.gradients.layers.TILE_FLOATS", tile)
+    model, rows, plan = build("mixtral"), twin.rows(LENGTHS), SketchPlan(65536, seed=3)
+    with GradientEngine(model, EngineSettings("linear", plan, signals=False)) as engine:
+        names, block = [site.name for site in engine.sites], engine.block(twin.pad(rows))
+    true = twin.naive(model, rows)
+    for z in range(len(rows)):
+        assert (block.sketch[z] - true.sketch(z, names, plan)).norm() < 1e-6 * true.norm(z, names)
+
+
 def test_experts_spread_over_devices_are_refused() -> None:
     model = build("mixtral")
     model.model.layers[0].mlp.experts._is_expert_parallel = True

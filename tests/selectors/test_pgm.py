@@ -74,6 +74,7 @@ def test_the_curve_has_the_error_of_gradmatch_and_of_each_number_of_parts(make_p
     errors = selection.trace["error_by_partitions"]
     assert errors[1] == pytest.approx(gradmatch, rel=1e-5)
     assert errors[8] > errors[1]
+    assert list(selection.trace["bars"]["error by number of parts"]) == ["8 parts", "1 part", "2 parts", "4 parts"]
     assert selection.trace["bars"] == {
         "error by number of parts": {"8 parts": errors[8], "1 part": errors[1], "2 parts": errors[2], "4 parts": errors[4]}
     }
