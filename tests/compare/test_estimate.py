@@ -9,6 +9,7 @@ import pytest
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.estimate import forecast
+from gradsieve.compare.records import read_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted, training_tokens
 from gradsieve.compare.subsets import open_stores
@@ -39,21 +40,53 @@ def test_finished_cells_count_in_place_of_the_measurement_and_cost_nothing_more(
     assert left > 0
 
 
-def test_gradients_of_other_data_or_after_a_warm_up_count_by_themselves(content: dict[str, Any], tmp_path: Path) -> None:
+def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     lines = Path(content["pool"]).read_text().splitlines()
     for seed in (0, 1):
         (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[10 * seed : 10 * seed + 12]) + "\n")
     content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"ogs-static": None, "gradmatch": None}}
     comparison = Comparison.of(parse_config(content, "x.yaml"))
-    stores = open_stores(comparison.study, comparison.material)
-    assert sorted(stores.values()) == [0, 1]
-    done = next(store for store, seed in stores.items() if seed == 0)
-    done.mkdir(parents=True)
-    (done / "whole").touch()
-    assert list(open_stores(comparison.study, comparison.material).values()) == [1]
+    ((store, seeds),) = open_stores(comparison.study, comparison.material).items()
+    assert seeds == [0, 1]
+    store.mkdir(parents=True)
+    (store / "whole").touch()
+    assert not open_stores(comparison.study, comparison.material)
     content["arms"]["less"] = {"settings": {"warmup_share": 0.5}}
     comparison = Comparison.of(parse_config(content | {"out": str(tmp_path / "other")}, "x.yaml"))
-    assert sorted(open_stores(comparison.study, comparison.material).values()) == [0, 0, 1, 1]
+    assert sorted(open_stores(comparison.study, comparison.material).values()) == [[0], [0, 1], [1]]
+    (tmp_path / "target-0.jsonl").write_text("\n".join(Path(content["target"]).read_text().splitlines()[:-1]) + "\n")
+    (tmp_path / "target-1.jsonl").write_text(Path(content["target"]).read_text())
+    content |= {"target": str(tmp_path / "target-{seed}.jsonl"), "arms": {"ogs-static": None}, "out": str(tmp_path / "third")}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    assert sorted(open_stores(comparison.study, comparison.material).values()) == [[0], [1]]
+
+
+def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    for seed in (0, 1):
+        (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[8 * seed : 8 * seed + 14]) + "\n")
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"orth-only": None}, "budgets": ["5"]}
+    cells = [Cell("orth-only", "5", seed, "equal_steps") for seed in (0, 1)]
+
+    def chosen(seeds: list[int], name: str) -> dict[int, Any]:
+        comparison = Comparison.of(parse_config(content | {"seeds": seeds, "out": str(tmp_path / name)}, "x.yaml"))
+        found = {cell.seed: comparison.chosen(cell) for cell in cells if cell.seed in seeds}
+        assert len(list((comparison.study / "stores").iterdir())) == 1
+        return found
+
+    both = chosen([0, 1], "both")
+    assert both[0].ids != both[1].ids
+    for seed in (0, 1):
+        alone = chosen([seed], f"alone-{seed}")[seed]
+        assert (both[seed].ids, both[seed].weights) == (alone.ids, alone.weights)
+    (spent,) = (read_json(path)["seconds"] for path in (tmp_path / "both" / "stores").glob("*/spent.json"))
+    assert spent.keys() == {"references", "gradients of the pool"}
+    for seed in (0, 1):
+        assert spent["references"] < both[seed].gradient_seconds < sum(spent.values())
+    twice = sum(one.gradient_seconds for one in both.values())
+    assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 
 
 def test_time_grows_with_what_is_trained_on(config: Config) -> None:

@@ -52,8 +52,8 @@ def forecast(comparison: Comparison) -> Forecast:
     speed = known if known.train > 0 else _measured(comparison)
     material, config = comparison.material, comparison.config
     cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in comparison.cells]
-    seeds = open_stores(comparison.study, material).values()
-    gradients = speed.train * sum(sum(material.trainable(seed).pool.lengths) for seed in seeds)
+    stores = open_stores(comparison.study, material).values()
+    gradients = speed.train * sum(sum(material.trainable(seed).pool.lengths) for seeds in stores for seed in seeds)
     return Forecast(cells, gradients, time.perf_counter() - started)
 
 

@@ -42,8 +42,16 @@ class Sides:
     @cached_property
     def digest(self) -> str:
         """The hash of all of it, in order."""
+        return self._hashed("pool", "target", "anchor")
+
+    @cached_property
+    def references(self) -> str:
+        """The hash of target and anchor, in order."""
+        return self._hashed("target", "anchor")
+
+    def _hashed(self, *names: str) -> str:
         hasher = xxhash.xxh3_128()
-        for name in ("pool", "target", "anchor"):
+        for name in names:
             examples = getattr(self, name)
             hasher.update(f"{name} {len(examples)}\n".encode())
             for example in examples:

@@ -1,7 +1,8 @@
 """What each arm trains on: selections, made once, kept, and shared where nothing in them was random.
 
-Gradients of all methods come from one store per seed's data, with whatever any of the arms reads. What that cost is
-written beside it while it goes, so that a kill loses seconds of the record, not the record.
+Gradients of all methods come from one store, with whatever any of the arms reads: the pools of all seeds are taken in one go
+where their references are the same, which are then measured once. A method that trains the model on the pool first has a store
+per seed. What that cost is written beside it while it goes, so that a kill loses seconds of the record, not the record.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
 from gradsieve.needs import reads_model
 from gradsieve.pipeline import Result, find_method, select
-from gradsieve.types import Budget, Problem, Selection, Selector
+from gradsieve.types import Budget, Example, Problem, Selection, Selector
 
 _WRITE_EVERY_S = 5.0
 
@@ -39,7 +40,8 @@ class Subset:
         weights: One per example, at least 0.
         notes: What the method had to say.
         select_seconds: What choosing took once gradients were there.
-        gradient_seconds: What the gradients took that it read: those of the store that all methods share.
+        gradient_seconds: What the gradients took that it read, of those that all methods share: the references, and its pool's
+            part of the rest.
         drew: Whether the method drew at random.
         source: Name of the selection it is.
     """
@@ -179,16 +181,39 @@ def _file(study: Path, arm: Arm, budget: str, seed: int) -> Path:
 
 
 def _gradients(study: Path, material: Material, arm: Arm, seed: int, progress: Progress) -> float:
-    """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds they took in all."""
+    """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds of this seed's."""
     store = _store(study, material, arm, seed)
     with _alone(store):
         if not (store / "whole").exists():
             stopwatch = _Stopwatch(store / "spent.json", progress)
             everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
-            _select(store, material, everything, "1", seed, stopwatch.progress)
+            pools = _pools(material, arm, seed)
+            _select(store, material, everything, "1", seed, stopwatch.progress, pool=pools)
             stopwatch.write()
             (store / "whole").touch()
-    return float(read_json(store / "spent.json")["seconds"])
+    return _seconds_of(read_json(store / "spent.json")["seconds"], material, arm, seed)
+
+
+def _pools(material: Material, arm: Arm, seed: int) -> Sequence[Example]:
+    """Returns the examples of all pools that share a store, under ids that no two of them have."""
+    seeds = _together(material, arm, seed)
+    if len(seeds) == 1:
+        return material.sides(seed).pool
+    return [dataclasses.replace(row, id=f"{one}/{row.id}") for one in seeds for row in material.sides(one).pool]
+
+
+def _together(material: Material, arm: Arm, seed: int) -> list[int]:
+    """Returns the seeds whose different pools share a store with this seed's."""
+    alike = [other for other in material.config.seeds if _key(material, arm, other) == _key(material, arm, seed)]
+    return list({material.sides(other).digest: other for other in reversed(alike)}.values())[::-1]
+
+
+def _seconds_of(spent: Mapping[str, float], material: Material, arm: Arm, seed: int) -> float:
+    """Returns what of a store's seconds one seed alone would have taken: everything, but of the pools its own tokens."""
+    pools = {one: material.trainable(one).pool for one in {*_together(material, arm, seed), seed}}
+    tokens = {key: length for pool in pools.values() for key, length in zip(pool.keys, pool.lengths, strict=True)}
+    share = sum(tokens[key] for key in set(pools[seed].keys)) / sum(tokens.values())
+    return sum(seconds * (share if stage.endswith("of the pool") else 1.0) for stage, seconds in spent.items())
 
 
 @contextmanager
@@ -207,55 +232,81 @@ def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
     return frozenset(need for other in others for need in selector(other).needs)
 
 
-def _select(store: Path, material: Material, method: Any, budget: str, seed: int, progress: Progress) -> Result:
+def _select(
+    store: Path,
+    material: Material,
+    method: Any,
+    budget: str,
+    seed: int,
+    progress: Progress,
+    pool: Sequence[Example] | None = None,
+) -> Result:
+    """Asks a method for its choice from the seed's pool, or from `pool`, all of which is then taken as it is."""
     sides, config = material.sides(seed), material.config
+    settings = config.gradients if pool is None else {**config.gradients, "dedup": "off"}
     shared = {name: getattr(config, name) for name in ("max_length", "dtype", "device", "chat_template", "trust_remote_code")}
     return select(
         method,
         model=config.model,
-        pool=sides.pool,
+        pool=sides.pool if pool is None else pool,
         target=sides.target,
         anchor=sides.anchor,
         budget=budget,
         store=str(store),
         progress=progress,
         **shared,
-        **config.gradients,
+        **settings,
     )
 
 
-def open_stores(study: Path, material: Material) -> dict[Path, int]:
-    """Returns the stores that are still to be filled, each with a seed whose data it is for."""
+def open_stores(study: Path, material: Material) -> dict[Path, list[int]]:
+    """Returns the stores that are still to be filled, each with the seeds whose different pools it is for."""
     arms = [arm for arm in material.config.arms if reads_store(arm)]
-    stores = {_store(study, material, arm, seed): seed for seed in material.config.seeds for arm in arms}
-    return {store: seed for store, seed in stores.items() if not (store / "whole").exists()}
+    stores = {
+        _store(study, material, arm, seed): _together(material, arm, seed) for seed in material.config.seeds for arm in arms
+    }
+    return {store: seeds for store, seeds in stores.items() if not (store / "whole").exists()}
 
 
 def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
-    needs, warmup = sorted(_shared_needs(material, arm)), repr(_warmup(selector(arm)))
-    key = [material.sides(seed).digest, material.source.weights, _gradient_settings(material), warmup, needs]
-    return study / "stores" / xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return study / "stores" / _key(material, arm, seed)
+
+
+def _key(material: Material, arm: Arm, seed: int) -> str:
+    """Returns the name of a store: what its rows depend on, which is the pool only where the model is trained on it first."""
+    needs, warmup, sides = sorted(_shared_needs(material, arm)), _warmup(selector(arm)), material.sides(seed)
+    data = sides.references if warmup is None else sides.digest
+    key = [data, material.source.weights, _gradient_settings(material), repr(warmup), needs]
+    return xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
 
 
 class _Stopwatch:
-    """Adds the seconds of a long stage to a file while it goes on, so that a killed run's count too."""
+    """Adds the seconds of each stage of long work to a file while it goes on, so that a killed run's count too."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path = path
         self._progress = progress
-        self._before = float(read_json(path)["seconds"]) if path.exists() else 0.0
-        self._started = self._written = time.perf_counter()
+        self._seconds: dict[str, float] = dict(read_json(path)["seconds"]) if path.exists() else {}
+        self._stage = "begin"
+        self._counted = self._written = time.perf_counter()
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Passes on how far a stage is, and writes every few seconds."""
         self._progress(stage, done, total)
-        if time.perf_counter() - self._written > _WRITE_EVERY_S:
+        self._stage = stage
+        self._count()
+        if self._counted - self._written > _WRITE_EVERY_S:
             self.write()
+
+    def _count(self) -> None:
+        before, self._counted = self._counted, time.perf_counter()
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + self._counted - before
 
     def write(self) -> None:
         """Writes the seconds until now."""
-        self._written = time.perf_counter()
-        write_json(self._path, {"seconds": self._before + self._written - self._started})
+        self._count()
+        self._written = self._counted
+        write_json(self._path, {"seconds": self._seconds})
 
 
 def overlap(subsets: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], float]:
