@@ -1,3 +1,5 @@
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,9 +35,24 @@ def test_a_budget_never_pays_for_more_than_it_has() -> None:
     assert Budget.parse("67%").take(order, pool).tolist() == [2, 1]
     assert Budget.parse("8tok").take(order, pool).tolist() == [2, 1]
     assert Budget.parse("7tok").take(order, pool).tolist() == [2]
+    assert Budget.parse("7tok").take(torch.tensor([0, 2, 1]), pool).tolist() == [0, 1]
     for text in ("4", "13tok", "2tok", "20%"):
         with pytest.raises(InvalidArgument, match="budget must"):
             Budget.parse(text).take(order, pool)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_tokens_buy_every_row_that_what_is_left_pays_for(prices: list[int], tokens: int, random: Random) -> None:
+    pool = ArrayGradients([str(i) for i in range(len(prices))], torch.zeros(len(prices), 2), {"tokens": torch.tensor(prices)})
+    budget = Budget(tokens=min(max(tokens, min(prices)), sum(prices)))
+    assert budget.tokens is not None
+    order = random.sample(range(len(prices)), len(prices))
+    taken, left = [], budget.tokens
+    for row in order:
+        if prices[row] <= left:
+            taken.append(row)
+            left -= prices[row]
+    assert budget.take(torch.tensor(order), pool).tolist() == taken
 
 
 def test_a_matrix_becomes_gradients_with_unit_references() -> None:

@@ -308,12 +308,21 @@ class Budget:
         return k
 
     def take(self, order: Tensor, candidates: Gradients) -> Tensor:
-        """Returns the longest prefix of `order` (rows, best first) that this budget pays for."""
-        order = order[: self.limit(candidates)]
+        """Returns the rows of `order` (best first) that this budget pays for.
+
+        Of a budget in tokens every row is paid for that what is left still covers; one that it does not cover is passed over.
+        """
+        limit = self.limit(candidates)
         if self.tokens is None:
-            return order
-        spent = candidates.columns["tokens"][order].cumsum(0)
-        return order[: int((spent <= self.tokens).sum())]
+            return order[:limit]
+        price = candidates.columns["tokens"][order]
+        taken = (price.cumsum(0) <= self.tokens).nonzero()[:, 0].tolist()
+        left = self.tokens - price[taken].sum().item()
+        for place in (price <= left).nonzero()[:, 0].tolist():
+            if place >= len(taken) and price[place] <= left:
+                taken.append(place)
+                left -= price[place].item()
+        return order[taken]
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,8 +58,8 @@ def test_length_keeps_a_token_budget():
     columns = {"completion_tokens": [3.0, 9.0, 5.0], "tokens": [10.0, 30.0, 10.0]}
     assert run(Length(), "40tok", **columns).rows.tolist() == [1, 2]
     short = run(Length(), "25tok", **columns)
-    assert short.rows.tolist() == []
-    assert "the next best, '1', has 30 tokens" in short.notes[0]
+    assert short.rows.tolist() == [2, 0]
+    assert run(Length(), "19tok", **columns).notes[0].endswith("19 tokens: the shortest of the others has 10")
 
 
 def test_metadata_ranks_by_the_column_it_names():

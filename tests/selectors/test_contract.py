@@ -143,6 +143,30 @@ def test_a_token_budget_is_spent_or_the_shortfall_has_a_note(name, method, budge
     assert spent >= 0.95 * most or any(f"spend {int(spent)} of the budget's {most} tokens" in note for note in selection.notes)
 
 
+MAY_STOP = {"gradmatch", "pgm", "g2is", "ogs", "ogs-static"}  # for another reason than the budget, which a note gives
+
+
+@every_method
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_budget_passes_over_what_does_not_fit_and_goes_on(name, method, seed, make_problem):
+    problem = make_problem(28, seed=seed)
+    columns = problem.candidates.columns
+    columns["tokens"][:] = (torch.randn(28, generator=torch.Generator().manual_seed(seed)).exp() * 60).ceil()
+    most = int(columns["tokens"].sum() * (0.15 + 0.1 * seed))
+    assert columns["tokens"].max() > 0.3 * most
+    selection = run(method, problem, f"{most}tok", seed)
+    rows = selection.rows.tolist()
+    left = most - int(columns["tokens"][rows].sum())
+    dropped = selection.trace.get("dropped", [])
+    open_ = [row for row in range(28) if row not in rows and row not in (dropped if isinstance(dropped, list) else [])]
+    open_ = [row for row in open_ if selection.scores.isnan().all() or not selection.scores[row].isnan()]
+    fits = [row for row in open_ if columns["tokens"][row] <= left]
+    assert left >= 0
+    assert not fits or (
+        name in MAY_STOP and (left <= 0.05 * most or any(f"of the budget's {most}" in n for n in selection.notes))
+    )
+
+
 @every_method
 def test_the_same_seed_gives_the_same_selection(name, method, make_problem):
     problem = make_problem(30)

@@ -30,12 +30,21 @@ def value(X, noise):
     return float(torch.logdet(torch.eye(X.shape[1], dtype=torch.float64) + X.T @ X / noise))
 
 
-def greedy_naive(X, noise, k):
+def greedy_naive(X, noise, k, price=None, purse=0.0, per_price=False):
     chosen = []
     for _ in range(k):
-        gains = [value(X[[*chosen, i]], noise) if i not in chosen else -math.inf for i in range(len(X))]
-        chosen.append(max(range(len(X)), key=lambda i: (round(gains[i], 10), -i)))
+        left = purse - sum(price[i] for i in chosen) if price else 0.0
+        open_ = [i for i in range(len(X)) if i not in chosen and (not price or price[i] <= left)]
+        gains = {i: value(X[[*chosen, i]], noise) - value(X[chosen], noise) for i in open_}
+        if not open_ or max(gains.values()) < 1e-9:
+            break
+        chosen.append(max(open_, key=lambda i: (round(gains[i] / (price[i] if per_price else 1), 10), -i)))
     return chosen
+
+
+def prices_of(seed, n):
+    rng = torch.Generator().manual_seed(100 + seed)
+    return (torch.randn(n, generator=rng).mul(1.2).exp() * 20).ceil().double()
 
 
 def rows_of(seed, n, r):
@@ -49,25 +58,65 @@ def rows_of(seed, n, r):
 def test_lazy_gains_give_the_greedy_choice_and_its_value(noise):
     for seed in range(12):
         X = rows_of(seed, 40, 1 + seed % 5)
-        picks, values = most_informative(X, noise, 15)
-        assert picks.tolist() == greedy_naive(X, noise, 15)
-        assert values == pytest.approx([value(X[picks[: t + 1]], noise) for t in range(15)])
+        found = most_informative(X, noise, 15)
+        assert found.rows.tolist() == greedy_naive(X, noise, 15)
+        assert found.values == pytest.approx([value(X[found.rows[: t + 1]], noise) for t in range(15)])
+        assert found.by == "gain"
+
+
+def test_with_prices_it_is_the_better_of_the_plain_greedy_choices_by_gain_and_by_gain_per_price():
+    won = []
+    for seed in range(40):
+        X, price = rows_of(seed, 30, 1 + seed % 5), prices_of(seed, 30)
+        purse = float(price.sum() * (0.05 + 0.01 * seed))
+        twins = {
+            by: greedy_naive(X, 1.0, 30, price.tolist(), purse, per_price)
+            for by, per_price in (("gain", False), ("gain per token", True))
+        }
+        reached = {by: value(X[rows], 1.0) for by, rows in twins.items()}
+        found = most_informative(X, 1.0, 30, price, purse)
+        assert found.rows.tolist() == twins[found.by]
+        assert found.values[-1] == pytest.approx(max(reached.values()))
+        assert price[found.rows].sum() <= purse
+        won.append(found.by)
+    assert 0 < won.count("gain") < 20
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from([0.05, 1.0, 20.0]))
 def test_it_reaches_63_percent_of_the_best_subset(seed, k, noise):
     X = rows_of(seed, 9, 3)
-    _, values = most_informative(X, noise, k)
+    values = most_informative(X, noise, k).values
     best = max(value(X[list(subset)], noise) for subset in itertools.combinations(range(9), k))
     assert (1 - 1 / math.e) * best <= values[-1] <= best + 1e-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.05, 0.9), st.sampled_from([0.05, 1.0, 20.0]))
+def test_with_prices_it_reaches_40_percent_of_the_best_subset_that_can_be_paid_for(seed, share, noise):
+    X, price = rows_of(seed, 9, 3), prices_of(seed, 9)
+    purse = max(float(price.min()), share * float(price.sum()))
+    subsets = itertools.chain.from_iterable(itertools.combinations(range(9), k) for k in range(1, 10))
+    best = max(value(X[list(subset)], noise) for subset in subsets if price[list(subset)].sum() <= purse)
+    assert 0.405 * best <= most_informative(X, noise, 9, price, purse).values[-1] <= best + 1e-9
+
+
+def test_where_either_rule_alone_fails_the_other_is_kept():
+    # a short row with a little gain, and a long one that tells a thousand times as much and fits alone
+    X = torch.tensor([[0.1, 0.0], [10.0, 0.0]], dtype=torch.float64)
+    long = most_informative(X, 1.0, 2, torch.tensor([1.0, 20_000.0]).double(), 20_000.0)
+    assert (long.rows.tolist(), long.by) == ([1], "gain")
+    # ten short rows in ten directions, and a long one that tells a little more than each of them
+    X = torch.eye(11, dtype=torch.float64)
+    X[10] *= 1.1
+    short = most_informative(X, 1.0, 11, torch.tensor([10.0] * 10 + [100.0]).double(), 100.0)
+    assert (short.rows.tolist(), short.by) == (list(range(10)), "gain per token")
+
+
 def test_many_rows_are_searched_as_few_are():
     X = rows_of(3, 3000, 5)
-    picks, _ = most_informative(X, 0.5, 6)
     chosen = []
-    for pick in picks.tolist():
+    for pick in most_informative(X, 0.5, 6).rows.tolist():
         M = torch.eye(5, dtype=torch.float64) + X[chosen].T @ X[chosen] / 0.5
         gains = torch.einsum("ni,ij,nj->n", X, M.inverse(), X)
         gains[chosen] = 0
@@ -135,13 +184,17 @@ def test_a_zero_target_is_left_out_with_a_note():
     assert any("1 of 2 targets have a zero gradient" in note and "t1" in note for note in selection.notes)
 
 
-def test_a_token_budget_ends_at_the_first_pick_that_does_not_fit():
+def test_a_token_budget_passes_over_what_does_not_fit_and_says_which_rule_it_kept():
     G = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.3, 0.5]]
     problem = problem_of(G, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], tokens=torch.tensor([10.0, 90.0, 10.0]))
     selection = run(Curiosity(), problem, "50tok")
-    assert selection.rows.tolist() == [0]
-    assert "spend 10 of the budget's 50 tokens: the next best, '001', has 90 tokens" in selection.notes[0]
-    assert len(selection.trace["information"]) == 1
+    assert selection.rows.tolist() == [0, 2]
+    assert "spend 20 of the budget's 50 tokens" in selection.notes[-1]
+    assert not any("tells anything" in note for note in selection.notes)
+    assert len(selection.trace["information"]) == 2
+    assert selection.trace["by"] == "gain"
+    both = run(Curiosity(), problem, "100tok")
+    assert both.rows.tolist() == [0, 1]
 
 
 def test_a_pool_orthogonal_to_the_target_is_refused():

@@ -404,17 +404,30 @@ def test_a_token_budget_passes_what_is_too_little_to_the_next_component():
     G = [[1.0, 0.1], [1.0, 0.2], [0.1, 1.0], [0.2, 1.0]]
     done = walked(G, [[1.0, 0.0], [0.0, 1.0]], [100.0, 100.0], price=price)
     assert [component.rows for component in done] == [[0], [2, 3]]
-    assert (done[0].stop, done[0].refused) == ("price", 1)
+    assert (done[0].stop, done[0].dear) == ("price", 3)
     assert done[1].budget == 140
 
 
-def test_a_token_shortfall_names_the_next_pick():
+def test_a_walk_passes_over_what_the_rest_of_its_tokens_does_not_pay_for():
+    # the start and the nearest neighbour are too dear at 50; a dear one stays unused for good, a later component may take it
+    price = torch.tensor([60.0, 20.0, 40.0, 20.0, 5.0], dtype=torch.float64)
+    G = [[1.0, 0.0], [1.0, 0.1], [1.0, 0.12], [1.0, 0.3], [-1.0, -0.3]]
+    (done,) = walked(G, [[1.0, 0.0]], [50.0], price=price)
+    assert done.rows == [1, 3]
+    assert (done.stop, done.conflicts, done.inconsistent, done.dear) == ("constraints", 1, 0, 2)
+    first, second = walked(G, [[1.0, 0.0], [1.0, 0.0]], [50.0, 60.0], price=price)
+    assert (first.rows, second.rows[0]) == ([1, 3], 0)
+
+
+def test_a_token_shortfall_says_what_is_left():
     tokens = torch.tensor([30.0, 90.0])
     selection = run(G2IS(), problem_of([[1.0, 0.1], [1.0, 0.2]], [[1.0, 0.0], [1.0, 0.1]], tokens=tokens), "100tok")
     assert selection.rows.tolist() == [0]
     spent, cause = selection.notes[-1].split(". ")
     assert spent == "the chosen 1 examples spend 30 of the budget's 100 tokens"
-    assert cause.endswith("after 1 examples of a budget of 100 tokens: the next pick, '0001', has 90 tokens")
+    assert cause.endswith(
+        "after 1 examples of a budget of 100 tokens: each of the 1 candidates left has more tokens than remain"
+    )
 
 
 def test_a_graph_made_at_once_and_lists_on_demand_give_the_same_walk(make_problem, monkeypatch):

@@ -85,13 +85,22 @@ def test_a_gradient_that_is_matched_early_ends_the_selection_with_a_note():
     assert "1 examples are chosen of the 3 the budget asks for: they match the gradient to 0.0001" in selection.notes[0]
 
 
-def test_a_token_budget_ends_at_the_first_pick_that_does_not_fit():
+def test_a_token_budget_goes_by_squared_product_per_token_and_passes_over_what_does_not_fit():
     G = [[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 2.0]]
-    problem = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0])
-    selection = run(GradMatch(), problem, "40tok")
-    assert selection.rows.tolist() == [0]
-    assert "spend 10 of the budget's 40 tokens: the next pick, '001', has 50 tokens" in selection.notes[0]
-    assert run(GradMatch(), problem, "60tok").notes == ()
+    problem = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0])  # 16/10, 9/50, 4/5 per token
+    selection = run(GradMatch(), problem, "30tok")
+    assert selection.rows.tolist() == [0, 2]
+    assert "spend 15 of the budget's 30 tokens: what is left pays for no other" in selection.notes[0]
+    alike = problem_of([*G, [-1.0, -1.0, -1.0]], [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0, 5.0])
+    selection = run(GradMatch(), alike, "30tok")
+    assert selection.rows.tolist() == [0, 2]
+    assert "spend 15 of the budget's 30 tokens: no other that would help is as short as what is left" in selection.notes[0]
+    assert "the one that would most, '001', has 50 tokens" in selection.notes[0]
+    assert run(GradMatch(exchange=False), problem, "60tok").rows.tolist() == [0, 2]
+    assert run(GradMatch(), problem, "60tok").rows.tolist() == [0, 1]
+    assert run(GradMatch(), problem, "65tok").rows.tolist() == [0, 2, 1]
+    cheap = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 2.0])  # 4/2
+    assert run(GradMatch(), cheap, "14tok").rows.tolist() == [2, 0]
 
 
 def test_a_target_without_a_mean_gradient_is_refused():

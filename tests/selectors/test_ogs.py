@@ -114,17 +114,20 @@ def test_a_token_budget_is_spent_and_prices_the_draws(make_problem):
     assert draws.price[0, 0] == tokens[draws.rows[0][: draws.batch]].sum()
 
 
-def test_a_token_budget_that_pays_for_no_draw_says_so(make_problem):
+def test_a_token_budget_passes_over_what_it_does_not_pay_for(make_problem):
     problem = make_problem(40)
     best = int(module.cosines(problem.candidates, "target").nan_to_num(-1).argmax())
     tokens = torch.full((40,), 1000.0)
-    tokens[(best + 1) % 40] = 5
-    with pytest.raises(InvalidArgument, match="budget must pay for the most useful candidate, got 900tok; raise it"):
-        run(with_columns(problem, tokens=tokens), "900tok")
     tokens[best] = 5
-    selection = run(with_columns(problem, tokens=tokens), "900tok", order="random")
-    assert selection.rows.tolist() == []
-    assert "the chosen 0 examples spend 0 of the budget's 900 tokens" in selection.notes[-1]
+    selection = run(with_columns(problem, tokens=tokens), "900tok", order="random", clusters=1)
+    assert selection.rows.tolist() == [best]
+    assert (
+        "the chosen 1 examples spend 5 of the budget's 900 tokens: the shortest of the others has 1000" in selection.notes[-1]
+    )
+    norm = problem.candidates.columns["norm"].clone()
+    norm[best] = 0
+    with pytest.raises(InvalidArgument, match="budget must pay for a candidate whose gradient is not zero, got 900tok; raise"):
+        run(with_columns(problem, tokens=tokens, norm=norm), "900tok")
 
 
 def test_replay_examples_have_clusters_of_their_own_and_their_share_is_told(make_problem):

@@ -209,6 +209,13 @@ def test_a_token_budget_is_kept_together_with_the_bound(make_problem):
     assert selection.trace["gap"] is None
 
 
+def test_a_token_budget_is_filled_up_within_the_bound_only():
+    problem = of([0.9, 0.8, 0.7, 0.6, 0.5], [0.0, 0.0, 0.9, 0.0, 0.9], tokens=[10.0, 50.0, 5.0, 10.0, 5.0])
+    selection = select(problem, "30tok", bound=50.0)
+    assert selection.rows.tolist() == [0, 3]
+    assert noted(selection, "spend 20 of the budget's 30 tokens: the shortest of the others has 50")
+
+
 def test_the_path_shows_risk_and_utility_falling(make_problem):
     path = select(make_problem(100), 20, bound=10.0).trace["path"]
     penalties, risks, utilities = zip(*path, strict=True)

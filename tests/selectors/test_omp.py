@@ -32,12 +32,19 @@ def nnls_omp_naive(G, b, k, ridge):
     return rows, w
 
 
-def nnls_omp_refilling_naive(G, b, k, ridge):
-    """The same, but rows whose weight reaches zero leave, and free their place for another; gives the picks too."""
+def nnls_omp_refilling_naive(G, b, k, ridge, price=None, purse=0.0, per=0.5):
+    """The same, but rows whose weight reaches zero leave, and free their place for another; gives the picks too.
+
+    With prices, of those that fit the one with the largest product over price^per.
+    """
     rows, w, r, picks = [], np.zeros(0), b, []
     while len(rows) < k:
         c = G @ r
         c[rows] = -np.inf
+        if price is not None:
+            c = np.where(price <= purse - price[rows].sum(), c * (price.min() / price) ** per, -np.inf)
+            if not np.isfinite(c.max()):
+                break
         best = int(
             np.argmax(c >= c.max() - 1e-9 * np.linalg.norm(G, axis=1).max() * np.linalg.norm(r))
         )  # equal rows: the first
@@ -314,13 +321,73 @@ def test_it_ends_when_the_tolerance_is_met():
     assert len(match_gradient(G, b, 4, ridge=0.0).rows) == 4
 
 
+def priced(seed):
+    """An instance whose rows have prices, and a purse that pays for some of them."""
+    G, b, _ = instance(seed)
+    rng = np.random.default_rng(1000 + seed)
+    price = np.exp(rng.normal(4.8, rng.uniform(0.3, 1.0), size=len(G))).round() + 1
+    return G, b, price, float(np.sort(price)[: len(G) // 2].sum() * rng.uniform(0.1, 1))
+
+
+@pytest.mark.parametrize("shortlist", [8, 10_000])
+def test_with_prices_its_picks_are_those_of_a_plain_pursuit_by_squared_product_per_price(shortlist):
+    for seed in range(40):
+        G, b, price, purse = priced(seed)
+        ridge = 0.3 * np.square(G).sum(1).mean()
+        ours = solve(G, b, len(G), ridge, price=torch.tensor(price), purse=purse, shortlist=shortlist)
+        rows, w, picks = nnls_omp_refilling_naive(G, b, len(G), ridge, price, purse)
+        assert ours.picks == picks, seed
+        assert ours.rows.tolist() == rows
+        assert np.allclose(ours.weights, w, rtol=1e-5)
+        assert price[rows].sum() <= purse
+
+
+def test_equal_prices_change_no_pick():
+    for seed in range(10):
+        G, b, k = instance(seed)
+        price = torch.full((len(G),), 7.0, dtype=torch.float64)
+        assert solve(G, b, len(G), 1.0, price=price, purse=7.0 * k + 3).picks == solve(G, b, k, 1.0).picks
+
+
+@pytest.mark.parametrize(("per", "low", "high"), [(0.0, 0.955, 0.965), (1.0, 0.985, 0.995)])
+def test_squared_product_per_price_matches_better_at_equal_cost_than_the_product_or_product_per_price(per, low, high):
+    ratios = []
+    for seed in range(60):
+        G, b, price, purse = priced(seed)
+        ridge = 0.5 * np.square(G).sum(1).mean()
+        ours = solve(G, b, len(G), ridge, price=torch.tensor(price), purse=purse)
+        rows, w, _ = nnls_omp_refilling_naive(G, b, len(G), ridge, price, purse, per)
+        ratios.append(objective(G, b, ours.rows.tolist(), ours.weights.numpy(), ridge) / objective(G, b, rows, w, ridge))
+    assert low < np.exp(np.log(ratios).mean()) < high
+    assert np.mean(np.array(ratios) < 1 + 1e-9) > 0.75
+    assert max(ratios) < 1.03
+
+
 @pytest.mark.parametrize("shortlist", [2, 100])
-def test_it_stops_at_the_first_pick_that_the_purse_cannot_pay(shortlist):
+def test_it_passes_over_what_the_rest_of_the_purse_does_not_pay_for(shortlist):
     G = torch.eye(6) * torch.tensor([[6.0], [5.0], [4.0], [3.0], [2.0], [1.0]])
-    b, price = torch.ones(6, dtype=torch.float64), torch.tensor([5.0, 5.0, 1.0, 100.0, 1.0, 1.0], dtype=torch.float64)
-    found = match_gradient(G, b, 6, ridge=0.0, price=price, purse=20.0, shortlist=shortlist)
-    assert found.rows.tolist() == [0, 1, 2]
+    b, price = torch.ones(6, dtype=torch.float64), torch.tensor([5.0, 5.0, 5.0, 100.0, 5.0, 25.0], dtype=torch.float64)
+    found = match_gradient(G, b, 6, ridge=0.0, price=price, purse=22.0, shortlist=shortlist)
+    assert found.rows.tolist() == [0, 1, 2, 4]
     assert (found.stop, found.refused) == ("spent", 3)
+
+
+def test_what_an_exchange_saves_is_spent():
+    more = 0
+    for seed in range(60):
+        G, b, price, purse = priced(seed)
+        ridge = 0.1 * np.square(G).sum(1).mean()
+        plain, better = (solve(G, b, len(G), ridge, price=torch.tensor(price), purse=purse, exchange=e) for e in (False, True))
+        left = purse - price[better.rows].sum()
+        r = b - better.weights.numpy() @ G[better.rows]
+        others = np.setdiff1d(np.flatnonzero(price <= left), better.rows.numpy())
+        assert left >= 0
+        assert better.stop != "spent" or (G[others] @ r <= 1e-4 * np.linalg.norm(G[others], axis=1) * np.linalg.norm(r)).all()
+        assert objective(G, b, better.rows.tolist(), better.weights.numpy(), ridge) <= objective(
+            G, b, plain.rows.tolist(), plain.weights.numpy(), ridge
+        ) * (1 + 1e-9)
+        more += len(better.rows) > len(plain.rows)
+    assert more > 3
 
 
 @settings(max_examples=40, deadline=None)

@@ -126,7 +126,8 @@ def test_a_budget_that_is_no_multiple_of_a_mini_batch_is_a_stated_shortfall(make
     selection = run(PGM(2, 4), make_problem(60), 15)
     assert len(selection.rows) == 12
     assert selection.notes == (
-        "12 examples are chosen of the 15 the budget asks for: the next mini-batch of 4 examples is above what is left",
+        "12 examples are chosen of the 15 the budget asks for: no mini-batch of 4 examples that would help costs as "
+        "little as is left to its part",
     )
 
 

@@ -75,12 +75,13 @@ def test_how_many_rows_a_stratum_gets_does_not_depend_on_the_order():
         ("2", [2, 0, 1], [2, 0], None),
         ("3", [2, 0], [2, 0], "2 examples are chosen of the 3 the budget asks for"),
         ("30tok", [2, 0], [2, 0], None),
-        ("60tok", [2, 0], [2, 0], "spend 30 of the budget's 60 tokens: no others are eligible"),
-        ("40tok", [2, 0, 3], [2, 0], "spend 30 of the budget's 40 tokens: the next best, '3', has 30 tokens"),
-        ("15tok", [3], [], "the chosen 0 examples spend 0 of the budget's 15 tokens: the next best, '3', has 30"),
+        ("60tok", [2, 0], [2, 0], "spend 30 of the budget's 60 tokens: no other eligible example is short enough"),
+        ("40tok", [2, 3, 1], [2, 1], None),
+        ("45tok", [3, 2, 1, 0], [3, 0], "spend 40 of the budget's 45 tokens: the shortest of the others has 20"),
+        ("15tok", [3], [], "the chosen 0 examples spend 0 of the budget's 15 tokens: the shortest of the others has 30"),
     ],
 )
-def test_the_budget_cuts_the_order_and_a_shortfall_is_noted(budget, order, rows, note):
+def test_the_budget_is_spent_in_the_order_and_a_shortfall_is_noted(budget, order, rows, note):
     got, notes = pay(torch.tensor(order), pool([10, 20, 20, 30]), Budget.parse(budget))
     assert got.tolist() == rows
     assert len(notes) == (note is not None)

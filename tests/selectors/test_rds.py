@@ -26,14 +26,17 @@ def of_hidden(X, T, tokens=None):
     return Problem(part(X), part(T))
 
 
-def rds_naive(X, T, ids, target_ids, k):
-    """Every target in turn walks down its own full ranking, past what is taken."""
+def rds_naive(X, T, ids, target_ids, k, tokens=None, purse=0):
+    """Every target in turn walks down its own full ranking, past what is taken and what is too dear."""
+    tokens = tokens or [0] * len(ids)
     similarity = torch.nn.functional.cosine_similarity(X[:, None].double(), T[None].double(), dim=2)
     order = sorted(range(len(target_ids)), key=target_ids.__getitem__)
     taken = []
-    while len(taken) < k:
+    rest = list(range(len(ids)))
+    while rest and len(taken) < k:
         for j in order:
-            rest = [i for i in range(len(ids)) if i not in taken]
+            left = purse - sum(tokens[i] for i in taken)
+            rest = [i for i in range(len(ids)) if i not in taken and tokens[i] <= left]
             if rest and len(taken) < k:
                 taken.append(min(rest, key=lambda i: (-round(float(similarity[i, j]), 6), ids[i])))
     return taken, similarity.amax(1)
@@ -78,12 +81,25 @@ def test_a_candidate_that_two_targets_want_most_goes_to_the_first_and_the_second
     assert run(problem, 2).trace["similarity"] == pytest.approx([1, 1.9 / (2 * 1.81) ** 0.5])
 
 
-def test_a_token_budget_ends_the_turns():
-    problem = of_hidden([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1, 0], [0, 1]], tokens=[10, 10, 10, 100])
-    assert run(problem, "30tok").rows.tolist() == [0, 2, 1]
+def test_a_target_passes_over_what_the_rest_of_a_token_budget_does_not_pay_for():
+    problem = of_hidden([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1, 0], [0, 1]], tokens=[10, 10, 100, 10])
+    selection = run(problem, "30tok")
+    assert selection.rows.tolist() == [0, 3, 1]
+    assert selection.notes == ()
     short = run(problem, "29tok")
-    assert short.rows.tolist() == [0, 2]
+    assert short.rows.tolist() == [0, 3]
     assert "the chosen 2 examples spend 20 of the budget's 29 tokens" in short.notes[-1]
+
+
+@pytest.mark.parametrize("listed", [1, 1 << 22])
+def test_a_token_budget_takes_what_a_walk_down_every_ranking_takes(listed, make_problem, monkeypatch):
+    monkeypatch.setattr(round_robin, "LISTED", listed)
+    for seed in range(6):
+        problem = make_problem(40, m=1 + seed, seed=seed)
+        pool, targets = problem.candidates, problem.targets
+        tokens = pool.columns["tokens"].tolist()
+        rows, _ = rds_naive(pool.extra["hidden"], targets.extra["hidden"], pool.ids, targets.ids, 40, tokens, 500)
+        assert run(problem, "500tok").rows.tolist() == rows
 
 
 def test_zero_rows_take_no_part():

@@ -11,6 +11,13 @@ def pool(columns=None, d=2, n=3):
     return ArrayGradients([f"id{i}" for i in range(n)], torch.ones(n, d), columns)
 
 
+def test_a_token_budget_needs_tokens_above_zero():
+    free = pool({"tokens": torch.tensor([3.0, 0.0, 2.0])})
+    require(Problem(free), set(), "m", Budget.parse("2"))
+    with pytest.raises(InvalidArgument, match=r"column 'tokens' must be above 0, got 0\.0 for 'id1'; extract it again"):
+        require(Problem(free), set(), "m", Budget.parse("2tok"))
+
+
 def test_everything_that_is_there_passes():
     everything = pool({"norm": torch.ones(3), "dot/anchor:math": torch.ones(3), "tokens": torch.ones(3)})
     require(Problem(everything, everything, everything), {"norm", "dot/anchor:*", "sketch", "targets", "anchors"}, "m")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,12 @@ class Curiosity:
 
     max over subsets B of f(B) = log det(I + σ⁻² Σ_{z in B} x_z x_z'), x_z = V'ĝ_z the unit gradient in the target's r main
     directions V: the information that noisy observations along the x_z give about a direction's effect. f is monotone and
-    submodular, so the greedy choice reaches at least 1 - 1/e = 63 % of the best subset's (Nemhauser et al. 1978). It carries
-    the idea of Domain Curiosity (Arndt et al. 2021), to collect the data that are most informative about the target,
-    over to a fixed pool: the first picks point along the directions, later ones fill those that are least covered.
+    submodular, so the greedy choice reaches at least 1 - 1/e = 63 % of the best subset's (Nemhauser et al. 1978). For a budget
+    in tokens two choices are made among the examples that still fit, by gain per token and by gain, and the more informative
+    one is kept (Leskovec et al. 2007): at least 40 % of the best (Tang et al. 2021, arXiv:2008.05391).
+
+    It carries the idea of Domain Curiosity (Arndt et al. 2021), to collect the data that are most informative about the
+    target, over to a fixed pool: the first picks point along the directions, later ones fill those that are least covered.
 
     Departs from the paper: that one trains a policy that collects data; this one chooses from data that are there, and
     information is measured on gradients.
@@ -68,8 +71,9 @@ class Curiosity:
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which they were picked. `rng` is not used.
 
-        The scores are the information an example gives alone. The trace holds f after every pick, the number of directions and
-        the share of the targets' squared length in them, and how the picks stand to the target's mean.
+        The scores are the information an example gives alone. The trace holds f after every pick, by what the picks were
+        made, the number of directions and the share of the targets' squared length in them, and how the picks stand to the
+        target's mean.
         """
         require(problem, self.needs, "curiosity", budget)
         pool, targets = problem.candidates, problem.targets
@@ -86,13 +90,14 @@ class Curiosity:
             raise InvalidArgument("curiosity needs candidates that are not orthogonal to the target, got none; add others")
         by_id = id_order(pool.ids)
         among = by_id[~directions.zero[by_id]]
-        picks, information = most_informative(X[among], self.noise * mean, min(budget.limit(pool), len(among)))
+        price = None if budget.tokens is None else pool.columns["tokens"][among]
+        found = most_informative(X[among], self.noise * mean, min(budget.limit(pool), len(among)), price, budget.tokens or 0)
         scores = torch.log1p(squares / (self.noise * mean)).where(~directions.zero, torch.nan)
-        rows, shortfall = pay(among[picks], pool, budget)
-        if shortfall and len(picks) < min(budget.limit(pool), len(among)) and len(rows) == len(picks):
-            notes.append(f"after {len(picks)} examples no other tells anything about the target's {len(V)} directions")
+        rows, shortfall = pay(among[found.rows], pool, budget)
+        if shortfall and found.exhausted:
+            notes.append(f"after {len(rows)} examples no other tells anything about the target's {len(V)} directions")
         center = T.mean(0)
-        cosine = directions.products(on_grid(center / center.norm())[:, None])[rows, 0] if center.norm() > 0 else None
+        cosine = directions.rows(rows) @ on_grid(center / center.norm()) if center.norm() > 0 else None
         against = float((cosine < 0).double().mean()) if cosine is not None else None
         if against is not None and against > 0.25:
             notes.append(
@@ -100,7 +105,8 @@ class Curiosity:
             )
         correlation, length_notes = length_check({"score": scores}, pool)
         trace = {
-            "information": information[: len(rows)],
+            "information": found.values,
+            "by": found.by,
             "directions": len(V),
             "energy": energy,
             "mean_cosine": float(cosine.mean()) if cosine is not None else None,
@@ -111,42 +117,81 @@ class Curiosity:
         return Selection(rows, weights, scores, trace, (*notes, *length_notes, *shortfall))
 
 
-def most_informative(X: Tensor, noise: float, limit: int) -> tuple[Tensor, list[float]]:
-    """Returns the greedy choice for log det(I + Σ x x'/σ²): the rows in order, and the value after each.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Rows in the order in which they were picked, int64 [k]; the value of f after each; and by what they were picked.
 
-    With M = I + Σ x x'/σ² the gain of a row is log(1 + x'M⁻¹x/σ²). It only falls as rows are taken, so its last known value is
-    an upper bound, and only rows whose bound reaches the top are computed anew (Minoux 1978). M⁻¹ follows Sherman and Morrison.
+    `exhausted` tells that it ended because no other row that can be paid for has a gain.
+    """
+
+    rows: Tensor
+    values: list[float]
+    by: Literal["gain", "gain per token"]
+    exhausted: bool
+
+    @property
+    def value(self) -> float:
+        return self.values[-1] if self.values else 0.0
+
+
+def most_informative(X: Tensor, noise: float, limit: int, price: Tensor | None = None, purse: float = 0.0) -> Choice:
+    """Returns the greedy choice for f = log det(I + Σ x x'/σ²); with prices the better of those by gain and by gain per price.
+
+    Either rule alone can be arbitrarily bad with prices, the better of the two is not (Leskovec et al. 2007, KDD, Thm. 3).
 
     Args:
         X: float64 [n, r]; earlier rows win ties.
         noise: σ² > 0.
         limit: Most rows to take.
+        price: What each row costs, above 0: float64 [n].
+        purse: What the rows may cost together, if they have prices; a row that what is left does not pay for is passed over.
 
     Returns:
-        int64 [k], k ≤ limit, less if no other row has a gain; and k values.
+        At most `limit` rows, less if no other row has a gain.
+    """
+    if price is None:
+        return _greedy(X, noise, limit, torch.zeros(len(X), dtype=torch.float64), 0.0, None)
+    plain, ratio = (_greedy(X, noise, limit, price, purse, per) for per in (None, price))
+    return ratio if ratio.value > plain.value else plain
+
+
+def _greedy(X: Tensor, noise: float, limit: int, price: Tensor, purse: float, per: Tensor | None) -> Choice:
+    """Returns the greedy choice by gain, or by gain per `per` [n], among the rows that can still be paid for.
+
+    With M = I + Σ x x'/σ² the gain of a row is log(1 + x'M⁻¹x/σ²). It only falls as rows are taken, so its last known value is
+    an upper bound, and only rows whose bound reaches the top are computed anew (Minoux 1978). M⁻¹ follows Sherman and Morrison.
     """
     n, r = X.shape
+    worth = torch.ones(n, dtype=torch.float64) if per is None else 1 / per
     inverse = torch.eye(r, dtype=torch.float64)
-    bound = torch.log1p(X.square().sum(1) / noise)
+    gain = torch.log1p(X.square().sum(1) / noise)
+    bound = gain * worth
     seen = torch.zeros(n, dtype=torch.long)
     picks: list[int] = []
     values: list[float] = []
+    exhausted = False
     while len(picks) < limit:
         width, t = 64, len(picks)
+        dear = price > purse
+        bound[dear], seen[dear] = -torch.inf, limit  # for good: the purse only shrinks
         while seen[top := int(bound.argmax())] < t:  # argmax returns the first of equals
             stale = torch.cat([bound.topk(min(width, n)).indices, torch.tensor([top])]).unique()
             stale = stale[seen[stale] < t]
-            bound[stale] = torch.log1p(_forms(X[stale], inverse) / noise)
+            gain[stale] = torch.log1p(_forms(X[stale], inverse) / noise)
+            bound[stale] = gain[stale] * worth[stale]
             seen[stale] = t
             width *= 2
-        if not bound[top] > NOTHING:
+        if bound[top] == -torch.inf or not gain[top] > NOTHING:
+            exhausted = bool(bound[top] > -torch.inf)
             break
         picks.append(top)
-        values.append((values[-1] if values else 0.0) + float(bound[top]))
+        values.append((values[-1] if values else 0.0) + float(gain[top]))
+        purse -= float(price[top])
         u = inverse @ X[top]
         inverse -= torch.outer(u, u) / (noise + float(X[top] @ u))
         bound[top], seen[top] = -torch.inf, limit
-    return torch.tensor(picks, dtype=torch.long), values
+    rows = torch.tensor(picks, dtype=torch.long)
+    return Choice(rows, values, "gain" if per is None else "gain per token", exhausted)
 
 
 def _forms(X: Tensor, A: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def marginal_relevance(
         relevance: float64 [n].
         weight: At least 0.
         among: The rows one may choose from, by id: int64 [r].
-        budget: How much to choose; with a token budget the last row may be one that it no longer pays for.
+        budget: How much to choose; of tokens, until no row is left that the rest pays for.
 
     Returns:
         Rows in the order they were chosen, int64 [k], and max(0, largest cosine to the rows before) of each, float64 [k];
@@ -131,9 +131,15 @@ def marginal_relevance(
     seen = torch.zeros(len(among), dtype=torch.long)  # how many of the chosen are in `nearest`
     chosen = torch.empty(steps, pool.dim)
     picks: list[int] = []
-    spent = 0.0
+    price = pool.columns["tokens"][among] if budget.tokens is not None else None
+    left = float(budget.tokens or 0)
     for step in range(steps):
         width = 256
+        if price is not None:
+            dear = price > left
+            bound[dear], seen[dear] = -torch.inf, steps  # for good: what is left only falls
+            if not (bound > -torch.inf).any():
+                break
         while seen[top := int(bound.argmax())] < step:  # argmax returns the first of equals
             stale = torch.cat([bound.topk(min(width, len(bound))).indices, torch.tensor([top])]).unique()
             stale = stale[seen[stale] < step]
@@ -146,10 +152,8 @@ def marginal_relevance(
                 seen[group] = step
             width *= 2
         picks.append(top)
-        if budget.tokens is not None:
-            spent += pool.columns["tokens"][among[top]].item()
-            if spent > budget.tokens:
-                break
+        if price is not None:
+            left -= price[top].item()
         chosen[step] = directions.rows(among[top : top + 1])[0].float()
         bound[top], seen[top] = -torch.inf, steps
     order = torch.tensor(picks, dtype=torch.long)

@@ -310,7 +310,7 @@ def _shortfall(done: Sequence[Component], budget: Budget, pool: Gradients, rows:
         what = "tokens"
         head = f"the chosen {len(rows)} examples spend {spent} of the budget's {budget.tokens} tokens"
     causes = [
-        f"component {c} ended after {len(x.rows)} examples of a budget of {x.budget:.0f} {what}: {_cause(x, pool)}"
+        f"component {c} ended after {len(x.rows)} examples of a budget of {x.budget:.0f} {what}: {_cause(x)}"
         for c, x in enumerate(done, 1)
         if x.stop != "budget"
     ]
@@ -318,15 +318,15 @@ def _shortfall(done: Sequence[Component], budget: Budget, pool: Gradients, rows:
     return [f"{head}. {shown}"]
 
 
-def _cause(component: Component, pool: Gradients) -> str:
+def _cause(component: Component) -> str:
     if component.stop == "exhausted":
         return "no candidate is left"
     if component.stop == "start":
         return f"each of the {START_AMONG} candidates furthest along its direction is chosen already, and it starts at no other"
     if component.stop == "price":
-        row = component.refused
-        return f"the next pick, {pool.ids[row]!r}, has {int(pool.columns['tokens'][row])} tokens"
+        return f"each of the {component.dear} candidates left has more tokens than remain"
+    dear = f"{component.dear} have more tokens than remain, " if component.dear else ""
     return (
-        f"of the candidates left {component.conflicts} conflict with one of its picks and "
+        f"of the candidates left {dear}{component.conflicts} conflict with one of its picks and "
         f"{component.inconsistent} would turn their sum too far from its direction"
     )

@@ -42,21 +42,21 @@ class Component:
         budget: What it could spend (examples, or tokens), with what was passed on to it.
         rows: Its picks in order.
         via: How each was found.
-        stop: Why it ended: "budget" (spent), "price" (the next pick costs more than is left), "exhausted" (no unused
-            candidates), "start" (there are, but none where a start is looked for) or "constraints" (each of the unused
-            candidates breaks one).
+        stop: Why it ended: "budget" (spent), "exhausted" (no unused candidates), "price" (there are, but each costs more than
+            is left), "start" (some cost no more, but none where a start is looked for) or "constraints" (each of those breaks
+            one).
         conflicts: For "constraints": unused candidates with a negative product with one of its picks.
         inconsistent: For "constraints": the others, which would turn the sum too far away from the direction.
-        refused: For "price": the pick that was too expensive, else -1.
+        dear: For "price" and "constraints": unused candidates that cost more than is left; they are in neither of the above.
     """
 
     budget: float
     rows: list[int]
     via: list[Via]
-    stop: Literal["budget", "price", "exhausted", "start", "constraints"]
+    stop: Literal["budget", "exhausted", "price", "start", "constraints"]
     conflicts: int = 0
     inconsistent: int = 0
-    refused: int = -1
+    dear: int = 0
 
 
 def walk(
@@ -74,7 +74,8 @@ def walk(
 
     Start at the first unused of the `START_AMONG` candidates with the largest <g, k>; then take the first unused neighbour of
     the last pick, or else the first of all unused candidates by descending <g, k>, that has <g, g_s> ≥ 0 for each pick s of
-    this component, and |cos(Σ + g, k)| ≥ δ |cos(Σ, k)|. Zero gradients are never taken.
+    this component, and |cos(Σ + g, k)| ≥ δ |cos(Σ, k)|. Zero gradients are never taken, and candidates that cost more than is
+    left of the component's budget are passed over.
 
     Args:
         directions: Unit sketches of the pool.
@@ -85,7 +86,7 @@ def walk(
         delta: δ in [0, 1].
         price: What each row costs: float64 [n].
         on_shortfall: Whether what a component cannot use because of the constraints is passed on to the next. What is too
-            little for the next pick always is.
+            little for any candidate that is left always is.
 
     Returns:
         One entry per component. O(kd) for a candidate that is asked for, and one sort of n a component.
@@ -98,7 +99,7 @@ def walk(
         if budget <= 0:
             done.append(Component(budget, [], [], "budget"))
             continue
-        done.append(_Walk(directions, k, used, by_id, delta).run(budget, neighbours, price))
+        done.append(_Walk(directions, k, used, by_id, delta, price, budget).run(neighbours))
         used[done[-1].rows] = True
         if done[-1].stop == "price" or (done[-1].stop in ("start", "constraints") and on_shortfall == "next-component"):
             left = budget - float(price[done[-1].rows].sum())
@@ -114,6 +115,8 @@ class _Walk:
     used: Tensor
     by_id: Tensor
     delta: float
+    price: Tensor
+    budget: float
     rows: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,22 +129,24 @@ class _Walk:
         self.sum_square, self.sum_product = 0.0, 0.0  # ‖Σ‖², <Σ, k>
         order = self.by_id[~self.directions.zero[self.by_id]]
         order = order[self.products[order].argsort(descending=True, stable=True)]
-        self.starts = order[:START_AMONG][~self.used[order[:START_AMONG]]]
+        self.left = self.budget
+        starts = order[:START_AMONG]
+        self.starts = starts[~self.used[starts] & self._paid(starts)]
         self.order = order[~self.used[order]]
 
-    def run(self, budget: float, neighbours: Neighbours, price: Tensor) -> Component:
+    def run(self, neighbours: Neighbours) -> Component:
         via: list[Via] = []
-        spent = 0.0
-        while spent < budget:
+        while self.left > 0:
             pick, how = self._next(neighbours)
             if pick < 0:
-                return self._stuck(budget, via)
-            if spent + float(price[pick]) > budget:
-                return Component(budget, self.rows, via, "price", refused=pick)
+                return self._stuck(via)
             self._take(pick)
             via.append(how)
-            spent += float(price[pick])
-        return Component(budget, self.rows, via, "budget")
+            self.left -= float(self.price[pick])
+        return Component(self.budget, self.rows, via, "budget")
+
+    def _paid(self, rows: Tensor) -> Tensor:
+        return self.price[rows] <= self.left
 
     def _next(self, neighbours: Neighbours) -> tuple[int, Via]:
         if not self.rows:
@@ -151,13 +156,13 @@ class _Walk:
             if pick >= 0:
                 return pick, "walk"
         pick = self._first(self.order)
-        self.order = self.order[~self.struck[self.order]]
+        self.order = self.order[~self.struck[self.order] & self._paid(self.order)]  # what is left to spend only falls
         return pick, "fallback"
 
     def _first(self, rows: Tensor) -> int:
         """Returns the first of the rows that keeps both constraints, or -1."""
         for some in _growing(rows):
-            some = some[~self.struck[some]]
+            some = some[~self.struck[some] & self._paid(some)]
             self._update(some)
             some = some[~self.struck[some] & self._consistent(some)]
             if len(some):
@@ -195,16 +200,19 @@ class _Walk:
         self.rows.append(pick)
         self.struck[pick] = True
 
-    def _stuck(self, budget: float, via: list[Via]) -> Component:
+    def _stuck(self, via: list[Via]) -> Component:
         unused = ~self.used
         unused[self.rows] = False
         if not unused.any():
-            return Component(budget, self.rows, via, "exhausted")
+            return Component(self.budget, self.rows, via, "exhausted")
+        paid = unused & (self.price <= self.left)
+        dear = int((unused & ~paid).sum())
+        if not paid.any():
+            return Component(self.budget, self.rows, via, "price", dear=dear)
         if not self.rows:
-            return Component(budget, self.rows, via, "start")
-        conflicts = int((unused & self.struck).sum())
-        inconsistent = int((unused & ~self.struck).sum())
-        return Component(budget, self.rows, via, "constraints", conflicts, inconsistent)
+            return Component(self.budget, self.rows, via, "start")
+        conflicts, inconsistent = int((paid & self.struck).sum()), int((paid & ~self.struck).sum())
+        return Component(self.budget, self.rows, via, "constraints", conflicts, inconsistent, dear)
 
 
 def _growing(rows: Tensor, first: int = 8) -> Iterator[Tensor]:

@@ -32,7 +32,8 @@ class GradMatch:
     Departs from the paper: b is the mean gradient and not the sum, which divides all weights by the number of examples in
     the mean and changes nothing else; the weights given are k·w, so that (1/k) Σ weight·g ≈ b and a weight of 1 is
     ordinary; λ is given as a share; examples whose weight falls to zero free their place for another, and the paper's code
-    fills what is left of the budget with random examples; at the end examples are exchanged (`exchange`).
+    fills what is left of the budget with random examples; at the end examples are exchanged (`exchange`); a budget in tokens
+    goes to the largest squared product per token among the examples that still fit.
 
     Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them if that is at most 1 GB (0.4 GB for
     100,000 x 1024), else they are read anew for every few dozen steps; 400n for products and 16k² + 8kd for the refit.
@@ -132,13 +133,17 @@ def shortfall(found: Match, rows: Tensor, by_id: Tensor, pool: Gradients, budget
     limit, tokens, spent = budget.limit(pool), budget.tokens, 0
     if tokens is not None:
         spent = int(pool.columns["tokens"][rows].sum())
-    if len(rows) == limit or (tokens is not None and found.stop == "spent" and spent >= 0.95 * tokens):
+    if (len(rows) == limit) if tokens is None else (spent >= 0.95 * tokens):
         return []
     if found.stop == "spent":
         row = int(by_id[found.refused])
-        cause = f"the next pick, {pool.ids[row]!r}, has {int(pool.columns['tokens'][row])} tokens"
+        cause = (
+            f"no other that would help is as short as what is left; the one that would most, {pool.ids[row]!r}, has "
+            f"{int(pool.columns['tokens'][row])} tokens"
+        )
     else:
         cause = {
+            "limit": "what is left pays for no other",
             "unaligned": "no other example's gradient has a positive product with what is left to match",
             "matched": f"they match the gradient to {tolerance:g} of its length",
             "stalled": "they match the gradient as well as rounding allows",

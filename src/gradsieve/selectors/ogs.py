@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -156,12 +155,15 @@ class OGS:
         surfaces, refined = world.surfaces, None
 
         def emitted(clusters: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            """Returns the rows that are paid for, and the same by draw."""
+            """Returns the rows in the order of the draws, and those of each draw that are paid for."""
             supply = [iter(rows.split(batch)) for rows in world.simulator.draws.rows]
             drawn = [next(supply[c]) for c in clusters]
-            rows = budget.take(torch.cat(drawn), pool)
-            parts = rows.split([min(len(part), left) for part, left in zip(drawn, _left(drawn, len(rows)), strict=True)])
-            return rows, [part for part in parts if len(part)]
+            if budget.tokens is not None:  # what is left pays for rows further down the cluster that was drawn last
+                drawn[-1] = torch.cat([drawn[-1], *supply[clusters[-1]]])
+            order = torch.cat(drawn)
+            paid = budget.take(order, pool)
+            parts = [part[torch.isin(part, paid)] for part in drawn]
+            return order, [part for part in parts if len(part)]
 
         if problem.navigator is not None and self.fidelity == "navigator" and self.constraint != "risk":
             refined = refine(
@@ -247,7 +249,7 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
 
     useful = budget.take(best_first(utility, by_id), pool)
     if not len(useful):
-        raise InvalidArgument(f"budget must pay for the most useful candidate, got {budget}; raise it")
+        raise InvalidArgument(f"budget must pay for a candidate whose gradient is not zero, got {budget}; raise it")
     members = torch.full_like(group, -1).index_fill(0, useful, 0)
     sums = unit_sums(directions, members, 1)
     losses = Surface.loss(problem.targets, utility), Surface.loss(problem.anchors, keep)
@@ -348,9 +350,3 @@ def _mean_loss(gradients: Gradients | None, name: str) -> float:
     if not 0 < loss < math.inf:
         raise InvalidArgument(f"the mean loss of the {name} must be above 0 and finite, got {loss}; give other examples")
     return loss
-
-
-def _left(parts: Sequence[Tensor], total: int) -> list[int]:
-    """Returns how many of `total` rows are left before each part, at least 0."""
-    before = [0, *accumulate(len(part) for part in parts)]
-    return [max(0, total - b) for b in before[:-1]]

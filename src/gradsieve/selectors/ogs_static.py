@@ -210,8 +210,12 @@ class OGSStatic:
         by_id = id_order(pool.ids)
         strata = self._strata(pool, by_id)
         bound = percentile(risk, self.bound) if self.bound_of == "percentile" else self.bound / 100 * exact_mean(risk)
-        trade = _trade(utility, risk, bound, best_first(-risk, by_id), strata, lambda order: budget.take(order, pool))
-        rows, shortfall = pay(trade.order, pool, budget)
+
+        def within(order: Tensor) -> Tensor:
+            return _within(order, pool, budget, risk, bound)
+
+        trade = _trade(utility, risk, bound, best_first(-risk, by_id), strata, lambda order: budget.take(within(order), pool))
+        rows, shortfall = pay(within(trade.order), pool, budget)
         final, gap = -risk, None
         if trade.penalty is not None:
             final = utility - trade.penalty * risk
@@ -338,6 +342,15 @@ def _trade(
         else:
             low, riskier = middle, trial
     return _Trade(order, high, riskier, path)
+
+
+def _within(order: Tensor, pool: Gradients, budget: Budget, risk: Tensor, bound: float) -> Tensor:
+    """Returns the order without the rows that may not fill up a token budget: after the first that it does not pay for, only
+    rows within the bound count, which cannot lift the mean risk above it."""
+    if budget.tokens is None:
+        return order
+    head = int((pool.columns["tokens"][order].cumsum(0) <= budget.tokens).sum())
+    return torch.cat([order[:head], order[head:][risk[order[head:]] <= bound]])
 
 
 def _exchange(rows: Tensor, riskier: Tensor, safest: Tensor, risk: Tensor, strata: Tensor, bound: float) -> Tensor:

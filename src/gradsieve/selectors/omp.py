@@ -46,9 +46,9 @@ class Match:
         error: ‖G'w - b‖ / ‖b‖ after each step.
         picks: The row taken at each step; rows that lost their weight again are among them, and may have come back.
         stop: Why it ended: the limit is reached; the error is below the tolerance; no other row has a positive product
-            with the residual (then w is optimal over all rows); the next row costs more than is left of the purse; or
-            rounding keeps the objective from falling.
-        refused: The row that the purse could not pay for, or -1.
+            with the residual (then w is optimal over all rows); each row that has one costs more than is left of the purse;
+            or rounding keeps the objective from falling.
+        refused: For "spent" the row with the largest product, which the purse could not pay for, else -1.
         exchanged: How many rows were exchanged at the end; each exchange is a step in `error` and `picks` too.
     """
 
@@ -78,7 +78,8 @@ def match_gradient(
     Orthogonal matching pursuit (Killamsetty et al. 2021, arXiv:2103.00123, Alg. 2): take the row with the largest product
     with the residual, fit the weights of all rows taken again under w ≥ 0, repeat. The refit is the inner loop of Lawson and
     Hanson's non-negative least squares, started from the weights before, so that the objective falls at every step: a row
-    whose weight reaches zero leaves, its place is free, and it may be taken again.
+    whose weight reaches zero leaves, its place is free, and it may be taken again. With prices, the row taken is that with the
+    largest squared product per price, of those that what is left of the purse pays for.
 
     With `exchange` a pursuit that the limit or the purse ended goes on by exchanging one row for another (Jain et al. 2011,
     "Orthogonal matching pursuit with replacement") as long as that lowers the objective by a thousandth: of the 256 rows with
@@ -90,7 +91,7 @@ def match_gradient(
         limit: Most rows with positive weight, ≥ 1.
         ridge: ≥ 0, in squared gradient norms. At 0 no more than d rows can have weight.
         tolerance: Ends when ‖G'w - b‖ / ‖b‖ is at most this.
-        price: Cost of each row, float64 [n]; the rows with weight may cost `purse` together.
+        price: Cost of each row, above 0, float64 [n]; the rows with weight may cost `purse` together.
         purse: See `price`.
         shortlist: Rows to draft on; it changes the time, not the result. From n on nothing is drafted.
         exchange: Whether rows are exchanged at the end.
@@ -104,22 +105,24 @@ def match_gradient(
     few, F = torch.zeros(0, dtype=torch.long), rows.take(torch.zeros(0, dtype=torch.long))
     length = DRAFT // 4
     c = rows.products(b[None])[0]
-    while pursuit.stop is None:
-        pursuit.decide(c)
-        if not pursuit.block:
-            break
-        if shortlist < len(c):
-            few = c.topk(shortlist).indices.sort().values
-            F = rows.take(few)
-            pursuit.draft(few, F, length)
-        C = rows.products(torch.stack([step.residual for step in pursuit.block]))
-        kept = pursuit.verify(C)
-        c = C[kept].clone()
-        del C
-        length = min(2 * (kept + 1), DRAFT)
-    while exchange and pursuit.stop in ("limit", "spent") and pursuit.exchange(c):
+    while True:
+        while pursuit.stop is None:
+            pursuit.decide(c)
+            if not pursuit.block:
+                break
+            if shortlist < len(c):
+                few = pursuit.promising(c, shortlist)
+                F = rows.take(few)
+                pursuit.draft(few, F, length)
+            C = rows.products(torch.stack([step.residual for step in pursuit.block]))
+            kept = pursuit.verify(C)
+            c = C[kept].clone()
+            del C
+            length = min(2 * (kept + 1), DRAFT)
+        if not (exchange and pursuit.stop in ("limit", "spent") and pursuit.exchange(c)):
+            return pursuit.result()
         c = rows.products(pursuit.residual[None])[0]
-    return pursuit.result()
+        pursuit.resume()
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,7 @@ class _Pursuit:
     ) -> None:
         self._G, self._b, self._limit, self._ridge, self._tolerance = G, b, limit, ridge, tolerance
         self._price, self._purse = price, purse
+        self._worth = None if price is None else (price.min() / price).sqrt().float()  # at most 1, so that ties stay ties
         self._length = float(b.norm())
         self._largest = float(G.squares.max().sqrt())
         self._support = _Support(G.width, ridge)
@@ -162,13 +166,27 @@ class _Pursuit:
         Args:
             c: float32 [n].
         """
-        pick = self._best(c.masked_fill(self._taken, -math.inf))
-        if not self._aligned(pick):
-            self.stop = "unaligned"
-        elif not self._affords(pick):
-            self.stop, self._refused = "spent", pick
-        else:
+        open_ = c.masked_fill(self._taken, -math.inf)
+        pick = self._best(self._value(open_, self._last))
+        if self._helps(pick):
             self._take(pick)
+            return
+        best = self._best(open_)
+        self.stop, self._refused = ("spent", best) if self._aligned(best) else ("unaligned", -1)
+
+    def promising(self, c: Tensor, count: int) -> Tensor:
+        """Returns the rows that are worth most, ascending: int64 [count].
+
+        Args:
+            c: Products of all rows with the residual: float32 [n].
+            count: How many, below n.
+        """
+        return self._value(c, self._last).topk(count).indices.sort().values
+
+    def resume(self) -> None:
+        """Lets the pursuit go on if the purse had ended it: an exchange may have left something to spend."""
+        if self.stop == "spent":
+            self.stop = None
 
     def draft(self, few: Tensor, F: Tensor, length: int) -> None:
         """Takes up to `length` further rows by the products of a shortlist; ends early where a stop would be due.
@@ -180,8 +198,8 @@ class _Pursuit:
         """
         while self.stop is None and len(self.block) <= length:
             c = (F @ self._last.residual.float()).masked_fill(self._taken[few], -math.inf)
-            pick = int(few[self._best(c)])
-            if not self._aligned(pick) or not self._affords(pick):
+            pick = int(few[self._best(self._value(c, self._last, few))])
+            if not self._helps(pick):
                 return
             self._take(pick)
 
@@ -197,7 +215,7 @@ class _Pursuit:
         for j, (step, following) in enumerate(zip(self.block, self.block[1:], strict=False)):
             c = C[j].clone()
             c[step.rows] = -math.inf
-            if self._best(c, step.residual) != following.pick:
+            if self._best(self._value(c, step), step.residual) != following.pick:
                 self._take_back(j)
                 break
         self._picks += [step.pick for step in self.block]
@@ -258,8 +276,18 @@ class _Pursuit:
         g, r = self._row(pick), self._last.residual
         return not self._taken[pick] and float(g @ r) > ALIGNED * float(g.norm() * r.norm())
 
-    def _affords(self, pick: int) -> bool:
-        return self._price is None or float(self._price[[*self._last.rows, pick]].sum()) <= self._purse
+    def _value(self, c: Tensor, step: _Step, few: Tensor | None = None) -> Tensor:
+        """Returns what the products c of all rows, or of a few, are worth after a step: -inf where the purse does not pay."""
+        if self._price is None or self._worth is None:
+            return c
+        price, worth = (x if few is None else x[few] for x in (self._price, self._worth))
+        left = self._purse - float(self._price[step.rows].sum())
+        return (c * worth).masked_fill(price > left, -math.inf)
+
+    def _helps(self, pick: int) -> bool:
+        """Returns whether the row can be paid for and reduces what is left to match."""
+        paid = self._price is None or float(self._price[[*self._last.rows, pick]].sum()) <= self._purse
+        return paid and self._aligned(pick)
 
     def _take(self, pick: int) -> None:
         last, support = self._last, self._support

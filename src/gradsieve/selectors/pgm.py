@@ -247,7 +247,7 @@ def _shortfall(found: Sequence[Match], spent: float, k: int, purse: float, budge
     if spent >= (purse if budget.tokens is None else 0.95 * purse):
         return []
     early = [match.stop for match in found if match.stop not in ("spent", "limit")]
-    cause = f"the next mini-batch of {size} examples is above what is left"
+    cause = f"no mini-batch of {size} examples that would help costs as little as is left to its part"
     if early:
         unaligned = early.count("unaligned")
         cause = (

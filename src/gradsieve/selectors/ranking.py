@@ -71,7 +71,9 @@ def spread(order: Tensor, strata: Tensor) -> Tensor:
 
 
 def pay(order: Tensor, candidates: Gradients, budget: Budget) -> tuple[Tensor, list[str]]:
-    """Returns the prefix of `order` that the budget pays for, and a note if that falls short of the budget.
+    """Returns the rows of `order` that the budget pays for, and a note if they fall short of it.
+
+    Of a budget in tokens, rows that what is left does not pay for are passed over (see `Budget.take`).
 
     Args:
         order: The rows one may choose, best first: int64 [≤ n].
@@ -88,9 +90,9 @@ def pay(order: Tensor, candidates: Gradients, budget: Budget) -> tuple[Tensor, l
     spent = int(tokens[rows].sum())
     if spent >= 0.95 * budget.tokens:
         return rows, []
-    why = "no others are eligible"
+    why = "no other eligible example is short enough"
     if len(rows) < len(order):
-        why = f"the next best, {candidates.ids[int(order[len(rows)])]!r}, has {int(tokens[order[len(rows)]])} tokens"
+        why = f"the shortest of the others has {int(tokens[order[~torch.isin(order, rows)]].min())}"
     return rows, [f"the chosen {len(rows)} examples spend {spent} of the budget's {budget.tokens} tokens: {why}"]
 
 

@@ -161,8 +161,9 @@ def _missing(pool: Gradients, need: str, method: str) -> str:
 
 def _check_column(pool: Gradients, name: str) -> None:
     column = pool.columns[name]
-    bad = ~column.isfinite() | ((column < 0) if name == "norm" or name.startswith("norm/") else False)
+    negative = (column < 0) if name == "norm" or name.startswith("norm/") else torch.zeros(len(column), dtype=torch.bool)
+    bad = ~column.isfinite() | negative | ((column <= 0) if name == "tokens" else False)
     if bad.any():
         row = int(bad.nonzero()[0])
-        rule = "be finite" if not column[row].isfinite() else "not be negative"
+        rule = "be finite" if not column[row].isfinite() else "not be negative" if negative[row] else "be above 0"
         raise InvalidArgument(f"column {name!r} must {rule}, got {column[row].item()} for {pool.ids[row]!r}; extract it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from gradsieve.types import Budget
 PRODUCT_BYTES = 1 << 28
 """Size of the products that are in memory at once: as many targets at a time as stay below it."""
 LISTED = 1 << 22
-"""Entries of all targets' lists together, at first; a list that runs out makes all twice as long."""
+"""Entries of all targets' lists together; when one runs out, all are made anew of the candidates that are left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> T
     Args:
         candidates: n rows; among equally similar ones the smaller id is taken first.
         targets: m rows of the same width.
-        budget: With a token budget the last row may be one that it no longer pays for.
+        budget: With a budget in tokens a candidate that what is left does not pay for is passed over.
 
     Returns:
         The turns; O(n m d + m n log n) at most, with `PRODUCT_BYTES` for products.
@@ -64,16 +64,15 @@ def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> T
     if not len(alive):
         raise InvalidArgument(f"a target must have a direction to take turns, got only zeros in {len(order)}; give others")
     limit = min(budget.limit(pool), len(among))
+    table = _Table(limit, len(pool.ids), pool.columns["tokens"] if budget.tokens is not None else None, budget.tokens or 0)
     length = min(len(among), max(LISTED // len(alive), 2 * math.ceil(limit / len(alive))))
-    tokens = pool.columns["tokens"].tolist() if budget.tokens is not None else None
-    while True:
-        best, lists = _lists(candidates, T, among, length)
-        taken = _turns(lists, limit, len(pool.ids), tokens, budget.tokens, complete=length == len(among))
-        if taken is not None:
-            break
-        length = min(2 * length, len(among))
-    rows, taker, similarity = taken
-    return Turns(rows, alive[taker], similarity, best.where(~candidates.zero, torch.nan))
+    best, lists = _lists(candidates, T, among, length)
+    table.serve(lists)
+    while len(table.rows) < limit and len(among := among[table.open(among)]):  # a list ran out: new ones of what is left
+        table.serve(_lists(candidates, T, among, min(length, len(among)))[1])
+    similarity = torch.tensor(table.similarity, dtype=torch.float64)
+    rows, takers = (torch.tensor(part, dtype=torch.long) for part in (table.rows, table.takers))
+    return Turns(rows, alive[takers], similarity, best.where(~candidates.zero, torch.nan))
 
 
 def _lists(candidates: Directions, T: Tensor, among: Tensor, length: int) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
@@ -94,45 +93,47 @@ def _lists(candidates: Directions, T: Tensor, among: Tensor, length: int) -> tup
     return best, lists
 
 
-def _turns(
-    lists: Sequence[tuple[np.ndarray, np.ndarray]],
-    limit: int,
-    n: int,
-    tokens: Sequence[float] | None,
-    purse: float | None,
-    *,
-    complete: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Returns (rows, takers, cosines) of the turns; None if a list that is not complete ran out."""
-    taken = bytearray(n)
-    places = [0] * len(lists)
-    rows: list[int] = []
-    takers: list[int] = []
-    cosines: list[float] = []
-    spent = 0.0
-    for target in _forever(len(lists)):
-        if len(rows) == limit:
-            break
-        own, along = lists[target]
-        place = places[target]
-        while place < len(own) and taken[own[place]]:
-            place += 1
-        if place == len(own):  # with complete lists the limit is reached before
-            assert not complete
-            return None
-        row = int(own[place])
-        taken[row] = 1
-        places[target] = place + 1
-        rows.append(row)
-        takers.append(target)
-        cosines.append(float(along[place]))
-        if tokens is not None and purse is not None:
-            spent += tokens[row]
-            if spent > purse:
-                break
-    return torch.tensor(rows), torch.tensor(takers), torch.tensor(cosines, dtype=torch.float64)
+class _Table:
+    """Who took what so far, whose turn it is, and what is left to spend.
 
+    Attributes:
+        rows: Candidates in the order they were taken.
+        takers: The place of the target that took each.
+        similarity: Its cosine to each.
+    """
 
-def _forever(m: int) -> Iterator[int]:
-    while True:
-        yield from range(m)
+    def __init__(self, limit: int, n: int, tokens: Tensor | None, purse: float) -> None:
+        self._limit, self._left = limit, float(purse)
+        self._price = tokens.numpy() if tokens is not None else np.zeros(n)
+        self._taken = np.zeros(n, dtype=bool)
+        self._turn = 0
+        self.rows: list[int] = []
+        self.takers: list[int] = []
+        self.similarity: list[float] = []
+
+    def open(self, rows: Tensor) -> Tensor:
+        """Returns which of these rows can still be taken: bool, shaped like `rows`."""
+        return torch.from_numpy(~self._taken & (self._price <= self._left))[rows]
+
+    def serve(self, lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Goes on with the turns until the limit, or until the target whose turn it is finds nothing in its list.
+
+        Args:
+            lists: Per target its most similar candidates and their cosines.
+        """
+        places = [0] * len(lists)
+        while len(self.rows) < self._limit:
+            own, along = lists[self._turn]
+            place = places[self._turn]
+            while place < len(own) and (self._taken[own[place]] or self._price[own[place]] > self._left):
+                place += 1
+            if place == len(own):
+                return
+            row = int(own[place])
+            self._taken[row] = True
+            self._left -= float(self._price[row])
+            self.rows.append(row)
+            self.takers.append(self._turn)
+            self.similarity.append(float(along[place]))
+            places[self._turn] = place + 1
+            self._turn = (self._turn + 1) % len(lists)
