@@ -83,6 +83,11 @@ def test_less_is_the_dense_reference_at_every_checkpoint(
     less_form: bool, data: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:
     method = gs.LESS(**HALF, less_form=less_form)
+    target = tmp_path / "grouped.jsonl"
+    rows = [json.loads(line) for line in Path(data["target"]).read_text().splitlines()]
+    category = ("skin", "heart", "skin")
+    target.write_text("".join(json.dumps({**row, "category": c}) + "\n" for row, c in zip(rows, category, strict=True)))
+    data = data | {"target": str(target)}
     result = gs.select(method, model=str(tiny_model), **data, budget="4", store=str(tmp_path / "s"), **EXACT)
     assert result.pool.checkpoints == ("epoch-1", "epoch-2")
     own, plan = twin(), SketchPlan(256, 0)
@@ -91,7 +96,7 @@ def test_less_is_the_dense_reference_at_every_checkpoint(
     rates = [fact["learning_rate"] for fact in facts]
     assert rates[0] > rates[1] > 0
     assert result.selection.trace["shares"] == pytest.approx([rate / sum(rates) for rate in rates])
-    sketched, dense = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+    sketched, dense = torch.zeros(12, 3, dtype=torch.float64), torch.zeros(12, 3, dtype=torch.float64)
     for fact in facts:
         checkpoint = folder / "training" / fact["folder"]
         model, state = adapted(tiny_model, checkpoint), state_of(checkpoint)
@@ -109,11 +114,15 @@ def test_less_is_the_dense_reference_at_every_checkpoint(
             whole = torch.stack([torch.cat([g[name].flatten() for name in names]) for g in true.gradients])
             sides[role] = [torch.nn.functional.normalize(X.double(), dim=1) for X in (sketches, whole)]
         share = fact["learning_rate"] / sum(rates)
-        sketched += share * (sides["pool"][0] @ sides["target"][0].T).mean(1)
-        dense += share * (sides["pool"][1] @ sides["target"][1].T).mean(1)
+        sketched += share * (sides["pool"][0] @ sides["target"][0].T)
+        dense += share * (sides["pool"][1] @ sides["target"][1].T)
+    grouped = [torch.stack([S[:, 1], S[:, [0, 2]].mean(1)]) for S in (sketched, dense)]
+    (sketched, nearest), dense = grouped[0].max(0), grouped[1].amax(0)
     assert result.selection.scores.tolist() == pytest.approx(sketched.tolist(), abs=1e-3)  # stored as float16
     assert (result.selection.scores - dense).abs().mean() < 2 * 256**-0.5
     assert result.selection.rows.tolist() == sketched.argsort(descending=True)[:4].tolist()
+    served = nearest[result.selection.rows].bincount(minlength=2).tolist()
+    assert result.selection.trace["chosen_per_group"] == {"heart": served[0], "skin": served[1]}
 
 
 def test_the_probe_scores_every_example_where_it_ends_and_leaves_the_model_as_it_was(
