@@ -316,13 +316,15 @@ class Budget:
         if self.tokens is None:
             return order[:limit]
         price = candidates.columns["tokens"][order]
-        taken = (price.cumsum(0) <= self.tokens).nonzero()[:, 0].tolist()
-        left = self.tokens - price[taken].sum().item()
-        for place in (price <= left).nonzero()[:, 0].tolist():
-            if place >= len(taken) and price[place] <= left:
-                taken.append(place)
-                left -= price[place].item()
-        return order[taken]
+        head = int((price.cumsum(0) <= self.tokens).sum())
+        left = self.tokens - price[:head].sum().item()
+        further = head + (price[head:] <= left).nonzero()[:, 0]
+        later = []
+        for place, cost in zip(further.tolist(), price[further].tolist(), strict=True):
+            if cost <= left:
+                later.append(place)
+                left -= cost
+        return torch.cat([order[:head], order[torch.tensor(later, dtype=torch.long)]])
 
 
 @dataclass(frozen=True, eq=False)
