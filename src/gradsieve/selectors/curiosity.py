@@ -30,11 +30,9 @@ class Curiosity:
     in tokens two choices are made among the examples that still fit, by gain per token and by gain, and the more informative
     one is kept (Leskovec et al. 2007): at least 40 % of the best (Tang et al. 2021, arXiv:2008.05391).
 
-    It carries the idea of Domain Curiosity (Arndt et al. 2021), to collect the data that are most informative about the
-    target, over to a fixed pool: the first picks point along the directions, later ones fill those that are least covered.
-
-    Departs from the paper: that one trains a policy that collects data; this one chooses from data that are there, and
-    information is measured on gradients.
+    The first picks point along the directions, later ones fill those that are least covered. The name is that of Domain
+    Curiosity (Arndt et al. 2021), whose question, which data tell most about a domain, is put to a fixed pool here; the method
+    is not that paper's.
 
     f does not know signs: a gradient against the target tells as much as one for it. The trace has the share of picks against
     the target's mean, and a note says when it is above a quarter.
@@ -55,7 +53,7 @@ class Curiosity:
     picks_by: ClassVar[str] = "how much new information about the target's directions each further example brings"
     reads: ClassVar[str] = "gradients of pool and target (sketch)"
     cost: ClassVar[str] = "O(n d r + k n) and lazy gains of O(r²)"
-    source: ClassVar[str] = "after Arndt et al. 2021"
+    source: ClassVar[str] = "greedy log det, Nemhauser et al. 1978; named after Arndt et al. 2021"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
