@@ -85,22 +85,30 @@ def test_a_gradient_that_is_matched_early_ends_the_selection_with_a_note():
     assert "1 examples are chosen of the 3 the budget asks for: they match the gradient to 0.0001" in selection.notes[0]
 
 
-def test_a_token_budget_goes_by_squared_product_per_token_and_passes_over_what_does_not_fit():
-    G = [[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 2.0]]
-    problem = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0])  # 16/10, 9/50, 4/5 per token
+def test_a_token_budget_keeps_the_set_that_matches_better_and_passes_over_what_does_not_fit():
+    G = [[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 2.0], [-1.0, -1.0, -1.0]]
+    problem = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0, 5.0])  # per token 16/10, 9/50, 4/5
     selection = run(GradMatch(), problem, "30tok")
-    assert selection.rows.tolist() == [0, 2]
-    assert "spend 15 of the budget's 30 tokens: what is left pays for no other" in selection.notes[0]
-    alike = problem_of([*G, [-1.0, -1.0, -1.0]], [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0, 5.0])
-    selection = run(GradMatch(), alike, "30tok")
     assert selection.rows.tolist() == [0, 2]
     assert "spend 15 of the budget's 30 tokens: no other that would help is as short as what is left" in selection.notes[0]
     assert "the one that would most, '001', has 50 tokens" in selection.notes[0]
-    assert run(GradMatch(exchange=False), problem, "60tok").rows.tolist() == [0, 2]
-    assert run(GradMatch(), problem, "60tok").rows.tolist() == [0, 1]
-    assert run(GradMatch(), problem, "65tok").rows.tolist() == [0, 2, 1]
-    cheap = problem_of(G, [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 2.0])  # 4/2
-    assert run(GradMatch(), cheap, "14tok").rows.tolist() == [2, 0]
+    assert run(GradMatch(), problem, "65tok").rows.tolist() == [0, 1, 2]
+    none = problem_of(G[:3], [[1.0, 1.0, 1.0]], tokens=[10.0, 50.0, 5.0])
+    assert "spend 15 of the budget's 30 tokens: what is left pays for no other" in run(GradMatch(), none, "30tok").notes[0]
+
+
+def test_one_long_example_or_many_short_ones_whichever_matches_better():
+    # the long one has the largest product and takes all of the budget; the three short ones make the target together
+    G = [[1.5, 1.5, 0.3], [2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
+    many = run(GradMatch(lam=0.0, exchange=False), problem_of(G, [[1.0, 1.0, 1.0]], tokens=[30.0, 10.0, 10.0, 10.0]), "30tok")
+    assert sorted(many.rows.tolist()) == [1, 2, 3]
+    assert many.trace["by"] == "squared product per token"
+    assert many.trace["error"][-1] == pytest.approx(0, abs=1e-6)
+    # a short one helps a little more per token, but leaves too little for the long one that makes nearly all of the target
+    G = [[3.0, 3.0, 0.0], [0.5, 0.0, 0.0]]
+    one = run(GradMatch(lam=0.0, exchange=False), problem_of(G, [[1.0, 1.0, 0.0]], tokens=[300.0, 2.0]), "300tok")
+    assert one.rows.tolist() == [0]
+    assert one.trace["by"] == "product"
 
 
 def test_a_target_without_a_mean_gradient_is_refused():

@@ -32,8 +32,9 @@ class GradMatch:
     Departs from the paper: b is the mean gradient and not the sum, which divides all weights by the number of examples in
     the mean and changes nothing else; the weights given are k·w, so that (1/k) Σ weight·g ≈ b and a weight of 1 is
     ordinary; λ is given as a share; examples whose weight falls to zero free their place for another, and the paper's code
-    fills what is left of the budget with random examples; at the end examples are exchanged (`exchange`); a budget in tokens
-    goes to the largest squared product per token among the examples that still fit.
+    fills what is left of the budget with random examples; at the end examples are exchanged (`exchange`). For a budget in
+    tokens two sets are made among the examples that still fit, by product and by squared product per token, and the one that
+    matches better is kept.
 
     Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them if that is at most 1 GB (0.4 GB for
     100,000 x 1024), else they are read anew for every few dozen steps; 400n for products and 16k² + 8kd for the refit.
@@ -69,8 +70,8 @@ class GradMatch:
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which they were picked; O(n d k + k² d). `rng` is not used.
 
-        The scores are <g, b>/‖b‖, by which the first example is picked. The trace holds the error ‖Σ w g - b‖/‖b‖ after every
-        step, how many examples lost their weight again, how many of these to an exchange, and Σ w.
+        The scores are <g, b>/‖b‖, by which the first example is picked. The trace holds by what they were picked, the error
+        ‖Σ w g - b‖/‖b‖ after every step, how many examples lost their weight again, how many of these to an exchange, and Σ w.
         """
         require(problem, self.needs, "gradmatch", budget)
         pool = problem.candidates
@@ -84,9 +85,16 @@ class GradMatch:
         price = None if budget.tokens is None else pool.columns["tokens"][by_id]
         limit, purse = budget.limit(pool), math.inf if budget.tokens is None else budget.tokens
         ridge = self.lam * float(squares[squares > 0].mean())
-        found = match_gradient(
-            G, b, limit, ridge=ridge, tolerance=self.tolerance, price=price, purse=purse, exchange=self.exchange
-        )
+
+        def matched(per_price: bool) -> Match:
+            return match_gradient(
+                G, b, limit, ridge=ridge, tolerance=self.tolerance, price=price, purse=purse, per_price=per_price,
+                exchange=self.exchange,
+            )  # fmt: skip
+
+        found, by = matched(False), "product"
+        if price is not None and (other := matched(True)).objective < found.objective:
+            found, by = other, "squared product per token"
         scores = torch.full((len(by_id),), torch.nan, dtype=torch.float64)
         for block, sketch in pool.blocks():
             scores[block] = sketch.double() @ (b / b.norm())
@@ -94,6 +102,7 @@ class GradMatch:
         correlation, length_notes = length_check({"score": scores}, pool)
         trace = {
             "match": self.match,
+            "by": by,
             "error": found.error,
             "dropped": len(found.picks) - len(found.rows),
             "exchanged": found.exchanged,

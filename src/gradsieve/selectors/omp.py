@@ -50,6 +50,7 @@ class Match:
             or rounding keeps the objective from falling.
         refused: For "spent" the row with the largest product, which the purse could not pay for, else -1.
         exchanged: How many rows were exchanged at the end; each exchange is a step in `error` and `picks` too.
+        objective: ‖G'w - b‖² + ridge·‖w‖².
     """
 
     rows: Tensor
@@ -59,6 +60,7 @@ class Match:
     stop: Stop
     refused: int = -1
     exchanged: int = 0
+    objective: float = math.inf
 
 
 def match_gradient(
@@ -70,6 +72,7 @@ def match_gradient(
     tolerance: float = 0.0,
     price: Tensor | None = None,
     purse: float = math.inf,
+    per_price: bool = False,
     shortlist: int = SHORTLIST,
     exchange: bool = False,
 ) -> Match:
@@ -78,8 +81,8 @@ def match_gradient(
     Orthogonal matching pursuit (Killamsetty et al. 2021, arXiv:2103.00123, Alg. 2): take the row with the largest product
     with the residual, fit the weights of all rows taken again under w ≥ 0, repeat. The refit is the inner loop of Lawson and
     Hanson's non-negative least squares, started from the weights before, so that the objective falls at every step: a row
-    whose weight reaches zero leaves, its place is free, and it may be taken again. With prices, the row taken is that with the
-    largest squared product per price, of those that what is left of the purse pays for.
+    whose weight reaches zero leaves, its place is free, and it may be taken again. With prices, rows that what is left of the
+    purse does not pay for are passed over.
 
     With `exchange` a pursuit that the limit or the purse ended goes on by exchanging one row for another (Jain et al. 2011,
     "Orthogonal matching pursuit with replacement") as long as that lowers the objective by a thousandth: of the 256 rows with
@@ -93,6 +96,7 @@ def match_gradient(
         tolerance: Ends when ‖G'w - b‖ / ‖b‖ is at most this.
         price: Cost of each row, above 0, float64 [n]; the rows with weight may cost `purse` together.
         purse: See `price`.
+        per_price: Whether the row with the largest squared product per price is taken, not that with the largest product.
         shortlist: Rows to draft on; it changes the time, not the result. From n on nothing is drafted.
         exchange: Whether rows are exchanged at the end.
 
@@ -101,7 +105,8 @@ def match_gradient(
         400n for the products of a draft.
     """
     rows: Rows = DenseRows.of(G) if isinstance(G, Tensor) else G
-    pursuit = _Pursuit(rows, b, limit, ridge, tolerance, price, purse)
+    worth = (price.min() / price).sqrt().float() if price is not None and per_price else None  # at most 1: ties stay ties
+    pursuit = _Pursuit(rows, b, limit, ridge, tolerance, price, purse, worth)
     few, F = torch.zeros(0, dtype=torch.long), rows.take(torch.zeros(0, dtype=torch.long))
     length = DRAFT // 4
     c = rows.products(b[None])[0]
@@ -143,11 +148,18 @@ class _Pursuit:
     """
 
     def __init__(
-        self, G: Rows, b: Tensor, limit: int, ridge: float, tolerance: float, price: Tensor | None, purse: float
+        self,
+        G: Rows,
+        b: Tensor,
+        limit: int,
+        ridge: float,
+        tolerance: float,
+        price: Tensor | None,
+        purse: float,
+        worth: Tensor | None,
     ) -> None:
         self._G, self._b, self._limit, self._ridge, self._tolerance = G, b, limit, ridge, tolerance
-        self._price, self._purse = price, purse
-        self._worth = None if price is None else (price.min() / price).sqrt().float()  # at most 1, so that ties stay ties
+        self._price, self._purse, self._worth = price, purse, worth
         self._length = float(b.norm())
         self._largest = float(G.squares.max().sqrt())
         self._support = _Support(G.width, ridge)
@@ -228,7 +240,8 @@ class _Pursuit:
         """Returns the settled steps."""
         assert self.stop is not None
         rows = torch.tensor(self._last.rows, dtype=torch.long)
-        return Match(rows, self._last.weights, self._error, self._picks, self.stop, self._refused, self._exchanged)
+        last = self._last
+        return Match(rows, last.weights, self._error, self._picks, self.stop, self._refused, self._exchanged, last.objective)
 
     @property
     def residual(self) -> Tensor:
@@ -278,11 +291,12 @@ class _Pursuit:
 
     def _value(self, c: Tensor, step: _Step, few: Tensor | None = None) -> Tensor:
         """Returns what the products c of all rows, or of a few, are worth after a step: -inf where the purse does not pay."""
-        if self._price is None or self._worth is None:
+        if self._price is None:
             return c
-        price, worth = (x if few is None else x[few] for x in (self._price, self._worth))
-        left = self._purse - float(self._price[step.rows].sum())
-        return (c * worth).masked_fill(price > left, -math.inf)
+        price = self._price if few is None else self._price[few]
+        if self._worth is not None:
+            c = c * (self._worth if few is None else self._worth[few])
+        return c.masked_fill(price > self._purse - float(self._price[step.rows].sum()), -math.inf)
 
     def _helps(self, pick: int) -> bool:
         """Returns whether the row can be paid for and reduces what is left to match."""
