@@ -19,9 +19,11 @@ from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import accumulator
 from gradsieve.gradients import engine as engine_module
 from gradsieve.gradients import head as head_file
+from gradsieve.gradients.accumulator import Accumulator
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.layers import choose_way
+from gradsieve.gradients.readings import Reading
 from gradsieve.gradients.settings import Batch, Block, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.gradients.sums import Sums
@@ -551,3 +553,43 @@ def test_a_module_called_twice_keeps_what_it_read_where_gram_matrices_would_do(t
     for z in range(len(rows)):
         assert block.columns["norm"][z].item() == pytest.approx(true.norm(z, names), rel=1e-9)
         assert (block.sketch[z] - true.sketch(z, names, settings.sketch)).norm() < 1e-6 * true.norm(z, names)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_frees_what_it_read_and_received_as_soon_as_it_is_added(
+    twin: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
+    held: list[int] = []
+
+    def finish(state: Accumulator) -> None:
+        held.append(sum(type(one) is Reading for one in gc.get_objects()))
+
+    monkeypatch.setattr(Accumulator, "finish", finish)
+    settings = EngineSettings("linear", SketchPlan(256, seed=5), layers="extremes", signals=False)
+    with GradientEngine(model, settings, checkpointing=checkpointing) as engine:
+        engine.block(twin.pad(rows))
+    assert held == [0]
+
+
+def test_what_a_gated_layer_reads_is_not_kept_beside_its_factors(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
+    kept: dict[str, bool] = {}
+    head = Accumulator.head
+
+    def looked_at(state: Accumulator, *args: Any) -> torch.Tensor:
+        done = head(state, *args)
+        readings = [one for one in gc.get_objects() if type(one) is Reading]
+        kept.update({reading.name: reading._tensor is not None for reading in readings if not reading.gone})
+        return done
+
+    monkeypatch.setattr(Accumulator, "head", looked_at)
+    settings = EngineSettings("linear", SketchPlan(256, seed=5), layers="extremes", signals=False)
+    with GradientEngine(model, settings) as engine:
+        block = engine.block(twin.pad(rows))
+    assert {name.split(".")[-2] for name, there in kept.items() if not there} == {"down_proj"}
+    assert any(kept.values())
+    name = "model.layers.0.mlp.down_proj.weight"
+    true = twin.naive(model, rows)
+    for z in range(len(rows)):
+        assert block.columns[f"max/{name}"][z].item() == pytest.approx(float(true.gradients[z][name].max()), rel=1e-9)

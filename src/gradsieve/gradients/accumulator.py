@@ -130,6 +130,8 @@ class Accumulator:
         """Frees a tensor that all readers have read, where its projection and Gram matrix are all that is wanted of it."""
         calls, reading.calls = reading.calls, []  # they point back at the reading, and would keep it alive
         if any(self._needs_tensor(call, reading.sharers) for call in calls):
+            if not self.backward_runs and all(self._added_at_once(call) for call in calls):
+                reading.rely_on_graph()
             return
         sites = [site for call in calls for site in call.sites if site.is_linear]
         if sites and not reading.gone:
@@ -141,6 +143,10 @@ class Accumulator:
         if sums.mean is not None or sums.extremes or sums.references.full or call.module in self.tools.repeated:
             return True
         return any(sums.way(site, length, sharers).products if site.is_linear else site.kind != "bias" for site in call.sites)
+
+    def _added_at_once(self, call: Call) -> bool:
+        """Says whether a call is added to the sums when its gradient arrives, while the graph before it is still there."""
+        return call.module not in self.tools.repeated and all(site.is_linear or site.kind == "bias" for site in call.sites)
 
     # -- output gradients --------------------------------------------------------------------------------------------
 
@@ -158,7 +164,9 @@ class Accumulator:
 
     def _advance(self, module: nn.Module) -> None:
         if module in self._calls and all(call.complete for call in self._calls[module]):
-            self._add(self._calls.pop(module))
+            self._add(calls := self._calls.pop(module))
+            for call in calls:
+                call.forget()  # the graph's hooks hold the call as long as the graph is there
 
     def finish(self) -> None:
         """Adds the layers of which the loss depends on some calls or outputs only; the others' gradient is zero."""

@@ -16,6 +16,7 @@ from gradsieve.gradients.statistics import Statistics
 
 TILE_FLOATS = 1 << 20  # a product of this many numbers stays in a core's second-level cache, or nearly so
 PRODUCT_FLOATS = 1 << 23  # the products of one layer are made for as many examples at once as stay below this
+GRAM_SHARE = 0.75  # of the multiplications of x xᵀ, what its bands were measured to take
 EXTREMES_SHARE = 0.3  # of all multiplications, what finding the largest and smallest entry was measured to take
 EXTREMES_CALLS = 4e6  # multiplications in the time that the calls for it take per example
 
@@ -59,7 +60,7 @@ def choose_way(
     sketch = side * length * (d_out + d_in / sharers)
     sketch_of_products = side * (entries + side * min(d_out, d_in))
     products = (length + (400 if half else 30)) * entries + min(sketch, sketch_of_products)
-    around = length**2 * (d_out + d_in / sharers) * norm + references * length * entries + sketch
+    around = GRAM_SHARE * length**2 * (d_out + d_in / sharers) * norm + references * length * entries + sketch
     around += (EXTREMES_SHARE * length * entries + EXTREMES_CALLS) * extremes
     needed = norm or extremes or references > 0 or side > 0
     chosen = needed and products < around
@@ -97,15 +98,32 @@ def squared_norm(G: Tensor) -> Tensor:
     return rows.double().square().sum(1)
 
 
-def squared_norm_by_gram(gram: Tensor, b: Tensor) -> Tensor:
+def gram(x: Tensor) -> list[Tensor]:
+    """Returns x xᵀ per example without most of what symmetry repeats: bands of at most a quarter of the rows.
+
+    Each band [B, rows, columns] ends with its square on the diagonal: 5/8 of the multiplications, 0.7 to 0.8 of the time.
+
+    Args:
+        x: [B, T, d].
+    """
+    rows = 16 * -(-x.shape[1] // 64)
+    return [torch.bmm(x[:, first : first + rows], x[:, : first + rows].mT) for first in range(0, x.shape[1], rows)]
+
+
+def squared_norm_by_gram(bands: list[Tensor], b: Tensor) -> Tensor:
     """Returns ‖G_z‖² = Σ_{t,t'} (a_t·a_t')(b_t·b_t') without forming G; float64 [B].
 
     Args:
-        gram: a aᵀ, [B, T, T].
+        bands: a aᵀ as `gram` gives it.
         b: Output gradient [B, T, d_out].
     """
-    other = torch.bmm(b, b.mT).to(torch.promote_types(b.dtype, torch.float32))
-    return other.mul_(gram).sum(2).sum(1, dtype=torch.float64)
+    squares = torch.zeros(len(b), dtype=torch.float64, device=b.device)
+    for mine, other in zip(bands, gram(b), strict=True):
+        products = other.to(torch.promote_types(b.dtype, torch.float32)).mul_(mine)
+        before = products.shape[2] - products.shape[1]
+        squares += products.sum(2).sum(1, dtype=torch.float64)
+        squares += products[:, :, :before].sum(2).sum(1, dtype=torch.float64)
+    return squares
 
 
 def extremes(G: Tensor) -> tuple[Tensor, Tensor]:

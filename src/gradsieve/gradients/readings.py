@@ -2,7 +2,9 @@
 
 A `Reading` is one tensor that one or more layers read (q, k and v; gate and up), with the work on it that they share. A `Call`
 is one call of one layer. Once it is known that nothing but a projection and a Gram matrix is wanted of a tensor, these are
-made and the tensor is let go. Inside a checkpointed block nothing is kept: the reading comes when the block is run again.
+made and the tensor is let go. Where it is wanted and is a product of two tensors that autograd keeps anyway, as the last layer
+of a gated MLP reads, it is let go too, and multiplied again in the backward pass. Inside a checkpointed block nothing is kept:
+the reading comes when the block is run again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Reading:
         name: The first reader's parameter name: it names the projection that all readers share.
         sharers: How many layers read it.
         projected: a P [B, T, k] by projection, once made.
-        gram: a aᵀ [B, T, T], once made.
+        gram: a aᵀ in bands, once made.
         sums: Σ over d_in of a, [B, T], once made.
         ranked: a by the norms of its columns, once made.
     """
@@ -37,10 +39,12 @@ class Reading:
         self.sharers = 1
         self.calls: list[Call] = []
         self.projected: dict[SketchPlan, Tensor] = {}
-        self.gram: Tensor | None = None
+        self.gram: list[Tensor] | None = None
         self.sums: Tensor | None = None
         self.ranked: Ranked | None = None
         self._tensor: Tensor | None = tensor.detach()
+        self._made_by: Any = tensor.grad_fn
+        self._relies = False
         self._version = tensor._version
 
     def is_of(self, tensor: Tensor) -> bool:
@@ -55,8 +59,8 @@ class Reading:
 
     @property
     def gone(self) -> bool:
-        """Whether the tensor was let go."""
-        return self._tensor is None
+        """Whether the tensor was let go, and will not come back."""
+        return self._tensor is None and not self._relies
 
     @property
     def tensor(self) -> Tensor:
@@ -65,6 +69,9 @@ class Reading:
         Raises:
             ModelError: The model has changed it in place since, or it was let go.
         """
+        if self._relies:
+            product: Tensor = self._made_by._saved_self * self._made_by._saved_other
+            return product.detach()
         if self._tensor is None:
             raise ModelError(
                 f"the layer of {self.name} must be called as often for every batch, got one more call than in a trial run; "
@@ -79,7 +86,15 @@ class Reading:
 
     def let_go(self) -> None:
         """Frees the tensor."""
-        self._tensor = None
+        self._tensor = self._made_by = None
+
+    def rely_on_graph(self) -> None:
+        """Frees the tensor if autograd keeps two factors of it until its readers' gradients have arrived."""
+        if self._tensor is None or getattr(self._made_by, "name", str)() != "MulBackward0":
+            return
+        factors = self._made_by._saved_self, self._made_by._saved_other
+        if all(isinstance(factor, Tensor) and factor.shape == self._tensor.shape for factor in factors):
+            self._tensor, self._relies = None, True
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -119,6 +134,11 @@ class Call:
     def complete(self) -> bool:
         """Whether everything has arrived."""
         return self.reading is not None and len(self.gradients) == self.outputs
+
+    def forget(self) -> None:
+        """Frees what it read and received."""
+        self.reading, self.routing, self.arguments = None, None, ((), {})
+        self.gradients.clear()
 
 
 def joined(calls: list[Call]) -> tuple[Reading, Tensor]:

@@ -167,10 +167,10 @@ class Sums:
             reading.projected[plan] = a @ self.tools.projection(plan, f"{reading.name}/in", a.shape[2], a.dtype)
         return reading.projected[plan]
 
-    def _gram(self, reading: Reading, a: Tensor | None) -> Tensor:
+    def _gram(self, reading: Reading, a: Tensor | None) -> list[Tensor]:
         if reading.gram is None:
             assert a is not None
-            reading.gram = torch.bmm(a, a.mT)
+            reading.gram = layers.gram(a)
         return reading.gram
 
     def _input_sums(self, reading: Reading, a: Tensor | None) -> Tensor:
