@@ -137,18 +137,19 @@ class PGM:
         for group in _groups([len(part) for part in parts], SUM_BYTES // (8 * deal.pool.dim)):
             first, last = int(parts[group[0]][0]), int(parts[group[-1]][-1]) + 1
             M = deal.means(first, last)
-            along = (M.double() * (wanted / wanted.norm())).sum(1)  # by rows: a matrix product's last digit is the group's
+            along = _products(M, wanted / wanted.norm())
             scores[deal.rows(first, last)] = along.repeat_interleave(deal.sizes[first:last].long())
 
             def solve(p: int, M: Tensor = M, first: int = first) -> Match:
-                return self._solve(deal, parts[p], M[parts[p] - first], purses[p], wanted, count)
+                own = M[int(parts[p][0]) - first : int(parts[p][-1]) + 1 - first]  # a part is a run: no copy
+                return self._solve(deal, parts[p], own, purses[p], wanted, count)
 
             with ThreadPoolExecutor(self.workers or torch.get_num_threads()) as threads:
                 solved = list(threads.map(solve, group))
             for p, match in zip(group, solved, strict=True):
                 part = parts[p]
                 share = float(deal.sizes[part].sum() / deal.sizes.sum())
-                reached += share * match.weights @ M[part - first][match.rows].double()
+                reached += share * match.weights @ M[part[match.rows] - first].double()
                 error = match.error[-1] if match.error else 1.0
                 facts.append({"batches": len(part), "picked": len(match.rows), "error": error, "stop": match.stop})
                 found.append(dataclasses.replace(match, rows=part[match.rows], weights=share * match.weights))
@@ -159,7 +160,7 @@ class PGM:
     def _solve(self, deal: _Deal, part: Tensor, M: Tensor, purse: float, wanted: Tensor, count: int) -> Match:
         """Returns what one part picks of its mini-batches with mean gradients M [len(part), d]."""
         sizes = deal.sizes[part]
-        b = (sizes @ M.double()) / sizes.sum() if self.match == "pool" else wanted
+        b = _weighted_sum(M, sizes) / sizes.sum() if self.match == "pool" else wanted
         if not b.norm() > 0:
             raise InvalidArgument(f"pgm needs a mean gradient of each part to match, got zero in one of {count}; use fewer")
         ridge = self.lam * float(squared_norms(M).mean())
@@ -216,6 +217,19 @@ class _Deal:
             mine = (owner >= first) & (owner < last)
             sums.index_add_(0, owner[mine] - first, sketch[mine].double())
         return sums.div_(self.sizes[first:last, None]).float()
+
+
+def _products(M: Tensor, v: Tensor) -> Tensor:
+    """Returns <m, v> of every row of M [r, d]: float64 [r]; by rows, since a matrix product's last digit is the group's."""
+    return torch.cat([(part.double() * v).sum(1) for part in M.split(4096)])
+
+
+def _weighted_sum(M: Tensor, sizes: Tensor) -> Tensor:
+    """Returns Σ size·m over the rows of M [r, d], in float64 a piece at a time: [d]."""
+    total = torch.zeros(M.shape[1], dtype=torch.float64)
+    for part, size in zip(M.split(4096), sizes.split(4096), strict=True):
+        total += size @ part.double()
+    return total
 
 
 def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
