@@ -42,8 +42,8 @@ class G2IS:
 
     Gradients are mixed, as the title says: Adam's direction for the candidates and the plain gradient for the targets, over the
     adapters that a warm-up on part of the pool leaves (`warmup_share`); those of the first checkpoint, as sketches. Memory is
-    4nd bytes for these (0.4 GB for 100,000 x 1024; above 2 GB they are read again for every pick), 8n per direction, and
-    4n·neighbours where more than n/8 examples are asked for.
+    4nd bytes for these (0.4 GB for 100,000 x 1024; above 2 GB they are read again for every pick), 8n per direction,
+    4n·neighbours where more than n/8 examples are asked for, and 2nd with faiss (2 GB for a million x 1024).
 
     Attributes:
         mode: "aligned": directions of the uncentred gradients, oriented towards the target's mean, so that picks help the
