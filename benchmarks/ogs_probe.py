@@ -135,7 +135,9 @@ def scores(problem: gs.Problem) -> dict[str, torch.Tensor]:
     names = [name.removeprefix("dot/") for name in sorted(pool.columns) if name.startswith("dot/") and name != "dot/target"]
     found = {f"conflict with {name}": -cosines(pool, name) for name in names}
     budget, rng = gs.Budget.parse("1"), torch.Generator()
-    for label, settings in (("mean", {}), ("mean, centred", {"center": True}), ("nearest", {"utility": "nearest"})):
+    utilities: dict[str, dict[str, Any]] = {"mean, centred": {"center": True}}
+    utilities |= {name: {"utility": name} for name in ("mean", "nearest", "hidden")}
+    for label, settings in utilities.items():
         trace = OGSStatic(against="plain", **settings).select(problem, budget, rng).trace
         found[f"utility: {label}"] = -torch.tensor(trace["utility"], dtype=torch.float64)
     found["answer length"] = pool.columns["completion_tokens"]

@@ -139,6 +139,8 @@ def test_the_anchor_is_measured_in_every_form_that_a_method_asks_for(
     again = gs.select("orth-only", settings=settings, **{**common, "store": str(tmp_path / str(settings))})
     assert again.references == facts
     assert "nearest" in str(gs.select("ogs-static", settings={"utility": "nearest"}, **common).method)
+    hidden = gs.select("ogs-static", settings={"utility": "hidden"}, **{**common, "store": str(tmp_path / "hidden")})
+    assert "hidden" in hidden.pool.representations
 
 
 def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(

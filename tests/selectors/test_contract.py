@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
         {"form": "filter", "draw": "diversity"},
         {"form": "filter", "draw": "utility", "against": "plain", "center": True},
         {"against": "categories", "utility": "nearest", "neighbours": 2},
+        {"against": "both", "utility": "hidden", "neighbours": 2},
         {"against": "both", "normalize": "category"},
     ],
 }

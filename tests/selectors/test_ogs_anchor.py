@@ -116,6 +116,7 @@ def test_what_cannot_be_known_is_refused():
     [
         (OGSStatic, {"against": "contrast", "normalize": "example"}, "normalize must be none with against contrast"),
         (OGSStatic, {"utility": "nearest", "center": True}, "center must be off with utility nearest"),
+        (OGSStatic, {"utility": "hidden", "center": True}, "center must be off with utility hidden"),
         (OGSStatic, {"neighbours": 0}, "neighbours must be at least 1"),
         (OGSStatic, {"normalize": "rows"}, "normalize must be one of"),
         (OGSStatic, {"utility": "far"}, "utility must be one of"),
@@ -146,7 +147,8 @@ def test_a_small_anchor_is_noted_whichever_way_it_is_read():
     assert "has 250 usable" in note(references(anchor=250, contrast__anchor_of_a=100, contrast__target=400))[0]
 
 
-def test_the_nearest_targets_see_what_their_mean_averages_away():
+@pytest.mark.parametrize("utility", ["nearest", "hidden"])
+def test_the_nearest_targets_see_what_their_mean_averages_away(utility):
     rng = torch.Generator().manual_seed(0)
     topics, shared = 3 * torch.randn(6, 40, generator=rng), 4 * torch.randn(40, generator=rng)
     inside = shared + topics[torch.arange(60) % 6] + torch.randn(60, 40, generator=rng)
@@ -154,20 +156,24 @@ def test_the_nearest_targets_see_what_their_mean_averages_away():
     T = shared + topics[torch.arange(24) % 6] + torch.randn(24, 40, generator=rng)
     G = torch.cat([inside, outside])
     pool = ArrayGradients.from_matrix(G, references={"target": T.mean(0), "anchor": shared})
-    problem = Problem(pool, ArrayGradients.from_matrix(T, [f"t{i}" for i in range(24)]))
+    targets = ArrayGradients.from_matrix(T, [f"t{i}" for i in range(24)])
+    if utility == "hidden":  # sketches then say nothing
+        pool = ArrayGradients(pool.ids, torch.randn(len(G), 9, generator=rng), pool.columns, {"hidden": G})
+        targets = ArrayGradients(targets.ids, torch.randn(len(T), 9, generator=rng), targets.columns, {"hidden": T})
+    problem = Problem(pool, targets)
     U = G / G.norm(dim=1, keepdim=True)
     V = T / T.norm(dim=1, keepdim=True)
     naive = torch.cosine_similarity((U - U.mean(0))[:, None], (V - U.mean(0))[None], dim=2).topk(4, dim=1).values.mean(1)
-    nearest, budget = OGSStatic(against="plain", utility="nearest", neighbours=4), Budget.parse("60")
+    nearest, budget = OGSStatic(against="plain", utility=utility, neighbours=4), Budget.parse("60")
     selection = nearest.select(problem, budget, torch.Generator())
-    utility = torch.tensor(selection.trace["utility"], dtype=torch.float64)
-    assert torch.allclose(utility, naive.double(), atol=1e-5)
+    found = torch.tensor(selection.trace["utility"], dtype=torch.float64)
+    assert torch.allclose(found, naive.double(), atol=1e-5)
     assert "target" not in selection.trace["references"]
 
     def separates(score: torch.Tensor) -> float:
         return float((score[:60, None] > score[None, 60:]).double().mean())
 
-    assert separates(utility) > 0.95 > separates(pool.columns["dot/target"] / pool.columns["norm"]) + 0.05
+    assert separates(found) > 0.95 > separates(pool.columns["dot/target"] / pool.columns["norm"]) + 0.05
     all_of_them = replace(nearest, neighbours=99).select(problem, budget, torch.Generator())
     assert all_of_them.trace["utility"] != selection.trace["utility"]
 

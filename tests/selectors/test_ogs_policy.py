@@ -140,6 +140,41 @@ def test_renaming_clusters_renames_the_probabilities_and_leaves_the_values(hard)
     assert torch.allclose(actor(seen).exp().sum(1), torch.ones(6))
 
 
+def renamed(sim: Simulator, p: Tensor) -> Simulator:
+    """The same world, whose cluster i was cluster p[i]."""
+    draws = sim.draws
+    J = draws.size.shape[1]
+    place = p.argsort()
+    index = torch.where(draws.index >= 0, place[draws.index // J] * J + draws.index % J, draws.index)
+    rows = tuple(draws.rows[c] for c in p.tolist())
+    draws = replace(draws, rows=rows, index=index, size=draws.size[p], price=draws.price[p], left=draws.left[p])
+    return replace(sim, draws=draws, rates=sim.rates[:, p], domain=sim.domain[p], anchor=sim.anchor[p])
+
+
+@pytest.mark.parametrize("world", [linear, curved])
+def test_renaming_clusters_does_not_change_what_a_trained_policy_chooses(world):
+    sim, p = world(0)[0], torch.tensor([3, 0, 4, 1, 2])
+    trained = train(sim, PPO(updates=5), torch.Generator().manual_seed(0))
+    (again,) = play(renamed(sim, p), trained.actor, torch.tensor([trained.run.multiplier]).double())
+    assert len(set(trained.run.clusters)) > 1
+    assert tuple(p[list(again.clusters)].tolist()) == trained.run.clusters
+    assert again.total == pytest.approx(trained.run.total)
+
+
+def test_labels_of_clusters_carry_no_information_through_training():
+    rng = torch.Generator().manual_seed(0)
+    G, labels = normal(rng, 90, 12), torch.randint(4, (90,), generator=rng)
+    targets, anchors = normal(rng, 3, 12), normal(rng, 3, 12)
+    names = torch.tensor([17, 2, 9, 5])
+    runs = []
+    for own in (labels, names[labels]):
+        sim, _ = build(G, own, targets, anchors, 24, epsilon=1.0, pace=0.05, bend=True)
+        run = train(sim, PPO(updates=2), torch.Generator().manual_seed(0)).run
+        supply = [iter(rows.split(BATCH)) for rows in sim.draws.rows]
+        runs.append(torch.cat([next(supply[c]) for c in run.clusters]).tolist())
+    assert runs[0] == runs[1]
+
+
 def test_a_cluster_that_cannot_be_drawn_from_does_not_matter(hard):
     rng = torch.Generator().manual_seed(0)
     actor, critic, seen = Actor(16, rng), Critic(16, rng), some_views(hard[0])
@@ -233,7 +268,7 @@ def test_on_a_linear_world_it_reaches_the_threshold_optimum_within_the_bound(see
     assert rule[1] == pytest.approx(sim.epsilon, rel=0.05)  # the bound binds …
     assert rule[0] < 0.97 * greedy  # … and costs reward
     assert reward >= 0.97 * rule[0]
-    assert cost <= sim.epsilon
+    assert 0.9 * sim.epsilon <= cost <= sim.epsilon
     assert max(trained.history["lambda"]) > 0
 
 

@@ -29,7 +29,7 @@ from gradsieve.selectors.reading import check_choice, cosines, matching, referen
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 Against = Literal["contrast", "plain", "both", "categories"]
-Utility = Literal["mean", "nearest"]
+Utility = Literal["mean", "nearest", "hidden"]
 Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
@@ -61,8 +61,9 @@ class OGSStatic:
             rules; "category": of the categories' unit means, so that no large category does (Eq. OGS-1).
         utility: "mean": the exact cosine to the target's mean gradient; "nearest": the mean cosine to the `neighbours` targets
             nearest in direction, after the pool's mean direction was taken out of both sides; it sees topics that the mean
-            of a mixed target averages away, and reads sketches.
-        neighbours: Targets that count with utility "nearest", at least 1; all of them where there are fewer.
+            of a mixed target averages away, and reads sketches; "hidden": the same of last hidden states in place of gradients,
+            which tell what a text is about better, and nothing of what training on it does.
+        neighbours: Targets that count with utility "nearest" or "hidden", at least 1; all of them where there are fewer.
         form: "top" takes the best by utility minus λ times risk; "filter" drops the riskiest and draws from the rest.
         bound: With form "top", how risky the chosen may be on average, in percent of `bound_of`, from 0 to 100.
         bound_of: "percentile": the mean risk of the chosen must not exceed the `bound`-th percentile of the pool's risks;
@@ -98,7 +99,7 @@ class OGSStatic:
         "agreement of an example's gradient with the target, held against its conflict with general abilities"
     )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
-    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest O(nmd)"
+    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest or hidden O(nmd)"
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
 
     def __post_init__(self) -> None:
@@ -119,8 +120,10 @@ class OGSStatic:
             raise InvalidArgument(
                 f"normalize must be none with against {self.against}, got {self.normalize}; use against plain"
             )
-        if self.center and self.utility == "nearest":
-            raise InvalidArgument("center must be off with utility nearest, which takes the pool's mean direction out itself")
+        if self.center and self.utility != "mean":
+            raise InvalidArgument(
+                f"center must be off with utility {self.utility}, which takes the pool's mean direction out itself"
+            )
         if self.stratify == "length" and self.form == "filter" and self.draw == "diversity":
             raise InvalidArgument("stratify must be none with draw diversity, got length; draw at random or by utility")
 
@@ -130,6 +133,8 @@ class OGSStatic:
         names = {"norm"}
         if self._ranks_by_utility and self.utility == "nearest":
             names |= {"sketch", "targets"}
+        elif self._ranks_by_utility and self.utility == "hidden":
+            names |= {"hidden", "hidden/targets"}
         elif self._ranks_by_utility:
             names |= {"dot/target"} | ({"sketch"} if self.center else set())
         if self.against in ("contrast", "both"):
@@ -161,6 +166,8 @@ class OGSStatic:
         directions = Directions.of(pool) if "sketch" in self.needs else None
         zero = pool.columns["norm"] == 0
         zero = zero if directions is None else zero | directions.zero
+        states = Directions.of(pool, "hidden") if "hidden" in self.needs else None
+        zero = zero if states is None else zero | states.zero
         notes = zero_note(pool, zero, "ogs-static")
 
         conflicts = [-cosines(pool, name) for name in references]
@@ -170,7 +177,7 @@ class OGSStatic:
         risk = torch.stack([conflict.clamp(min=0) for conflict in conflicts]).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
-            scores["utility"] = self._utility(problem, directions).where(~zero, torch.nan)
+            scores["utility"] = self._utility(problem, states or directions).where(~zero, torch.nan)
             references = ["target", *references] if self.utility == "mean" else references
         correlation, length_notes = length_check(scores, pool)
         notes += reference_notes(problem, references) + anchor_notes(problem, references)
@@ -195,7 +202,7 @@ class OGSStatic:
         return [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
 
     def _utility(self, problem: Problem, directions: Directions | None) -> Tensor:
-        if self.utility == "nearest" and directions is not None and problem.targets is not None:
+        if self.utility != "mean" and directions is not None and problem.targets is not None:
             return nearest_targets(directions, problem.targets, self.neighbours)
         utility = cosines(problem.candidates, "target")
         return _centred(utility, directions) if self.center and directions is not None else utility
@@ -415,18 +422,18 @@ def nearest_targets(directions: Directions, targets: Gradients, neighbours: int)
     is μ itself has no direction of its own and gets 0.
 
     Args:
-        directions: Unit sketches of the pool.
-        targets: m of them.
+        directions: Unit sketches of the pool, or unit rows of a representation.
+        targets: m of them, which have the same.
         neighbours: How many count, at least 1.
 
     Raises:
         InvalidArgument: No target has a direction of its own.
     """
     mean = directions.mean
-    V = unit_rows(targets.rows(torch.arange(len(targets.ids)))) - mean
+    V = unit_rows(targets.rows(torch.arange(len(targets.ids)), directions.checkpoint)) - mean
     V = unit_rows(V[V.square().sum(1) > 1e-12])
     if not len(V):
-        raise InvalidArgument("utility nearest needs a target that differs from the pool's mean direction, got none")
+        raise InvalidArgument("utility must find a target that differs from the pool's mean direction, got none; use utility mean")
     k = min(neighbours, len(V))
     shift, length = V @ mean, float(mean.square().sum())
     utility = torch.zeros(len(directions.zero), dtype=torch.float64)
