@@ -1,6 +1,6 @@
 """What OGS's scores find, planted faults known: `python benchmarks/ogs_probe.py [--data FOLDER] [--seeds 3] [--size 240]`.
 
-`--target`, `--anchor` and `--max-length` make it smaller.
+`--target`, `--anchor` and `--max-length` make it smaller. Stores are kept: a second run only prints.
 
 Without --data: the demo's medical pool, target and anchor. With a folder of `medicine.train.jsonl.gz`, `law.…`, `general.…` and
 `math.…` (rows with id, prompt, completion, worked steps written `a+b = c`): questions on health, of which some get another
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=48)
     parser.add_argument("--anchor", type=int, default=120, help="half of it arithmetic, half knowledge")
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"])
     parser.add_argument("--store", default="probe-store")
     arguments = parser.parse_args()
     tables = []
@@ -174,7 +175,14 @@ def main() -> None:
         store = Path(arguments.store) / f"{arguments.data.name if arguments.data else 'demo'}-{seed}"
         files = {role: (str(write(store.parent / f"{store.name}.{role}.jsonl", part)),) for role, part in data.items()}
         problem = extract(
-            Job(model=arguments.model, store=str(store), max_length=arguments.max_length, seed=seed, **files)
+            Job(
+                model=arguments.model,
+                store=str(store),
+                max_length=arguments.max_length,
+                dtype=arguments.dtype,
+                seed=seed,
+                **files,
+            )
         ).problem
         kinds = {e.id: row_fields(e)["planted"] for e in data["pool"]}
         tables.append(report(problem, [kinds[id] for id in problem.candidates.ids]))

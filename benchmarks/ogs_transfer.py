@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--untrained-layers", type=int, default=0, help="of the model that was never trained; 0 is as many")
     parser.add_argument("--anchor", type=int, default=120, help="examples, half of each ability")
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"])
     parser.add_argument("--out", type=Path, default=Path("transfer-study"))
     arguments = parser.parse_args()
     folder = find_model(arguments.model).folder
@@ -86,6 +87,7 @@ def main() -> None:
                 str(out),
                 override=True,
                 max_length=arguments.max_length,
+                dtype=arguments.dtype,
             )
         )
         if not (arguments.out / "model").exists():
