@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from gradsieve.selectors.ogs import OGS
+from gradsieve.selectors.ogs_policy import PPO, train
+from gradsieve.types import Budget
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "extract.py"
 
@@ -36,3 +44,13 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tiny_llama: Call
     for peer in ("bergson, 16 x 16 per layer", "dattri-llm, LoGRA 16 x 16 per layer", "Opacus, whole gradients"):
         assert peer in errors or "No module named" in report["missing"][peer]
         assert peer in run.stdout
+
+
+def test_the_simulator_takes_5000_steps_a_second_and_a_policy_a_minute_at_most() -> None:
+    """At K = 16, d = 1024. A policy's time depends on clusters, references and steps, not on the size of the pool."""
+    made = runpy.run_path(str(BENCHMARK.with_name("ogs.py")))
+    env = OGS(clusters=16).environment(made["big"](2000), Budget(examples=1000), torch.Generator().manual_seed(0))
+    assert max(made["steps_per_second"](env.simulator, 64) for _ in range(3)) >= 5000  # other work may take the processor
+    ppo, start = PPO(updates=2), time.process_time()
+    train(env.simulator, ppo, torch.Generator().manual_seed(0))
+    assert (time.process_time() - start) / ppo.updates * PPO.updates <= 60

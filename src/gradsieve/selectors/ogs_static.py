@@ -433,7 +433,7 @@ def nearest_targets(directions: Directions, targets: Gradients, neighbours: int)
     V = unit_rows(targets.rows(torch.arange(len(targets.ids)), directions.checkpoint)) - mean
     V = unit_rows(V[V.square().sum(1) > 1e-12])
     if not len(V):
-        raise InvalidArgument("utility must find a target that differs from the pool's mean direction, got none; use utility mean")
+        raise InvalidArgument("utility needs a target that differs from the pool's mean direction, got none; use utility mean")
     k = min(neighbours, len(V))
     shift, length = V @ mean, float(mean.square().sum())
     utility = torch.zeros(len(directions.zero), dtype=torch.float64)
