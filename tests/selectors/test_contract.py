@@ -206,6 +206,19 @@ def test_blocks_of_any_size_and_order_give_the_same_selection(name, method, size
 
 
 @every_method
+def test_sketches_that_are_too_many_to_hold_are_read_again_with_the_same_selection(name, method, make_problem, monkeypatch):
+    problem = make_problem(60)
+    held = run(method, problem)
+    for limit in ("directions.CACHE_BYTES", "dense.DENSE_BYTES", "pgm.SUM_BYTES", "round_robin.PRODUCT_BYTES"):
+        monkeypatch.setattr(f"gradsieve.selectors.{limit}", 1)
+    read = run(method, problem)
+    assert torch.equal(read.rows, held.rows)
+    assert torch.allclose(read.weights, held.weights, rtol=1e-6)
+    assert torch.allclose(read.scores, held.scores, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert read.notes == held.notes
+
+
+@every_method
 def test_a_pool_of_one_can_be_chosen_from(name, method, make_problem):
     assert run(method, make_problem(1), "1").rows.tolist() == [0]
 
