@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import gradsieve as gs
+from gradsieve.data import TokenSet
 from gradsieve.demo import demo_set
-from gradsieve.extraction import TokenSet
 from gradsieve.job import Job
 from gradsieve.models import find_model, resolve_dtype
 from gradsieve.navigation import make_navigator, split_anchor

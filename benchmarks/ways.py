@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradsieve.extraction import BATCH_TOKENS
+from gradsieve.compute import BATCH_TOKENS
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.parameters import choose_parameters

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradsieve as gs
 from gradsieve.batch_size import best_size, describe, is_flat, try_sizes
-from gradsieve.extraction import TokenSet
+from gradsieve.data import TokenSet
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.models import find_model
 

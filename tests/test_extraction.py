@@ -14,23 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import gradsieve as gs
-from gradsieve.data import read_examples
+from gradsieve.compute import ComputeSettings, form_note, token_batches, with_form
+from gradsieve.data import TokenSet, read_examples
 from gradsieve.data.corrupt import corrupt
-from gradsieve.extraction import (
-    ComputeSettings,
-    TokenSet,
-    UnitMean,
-    contrast,
-    form_note,
-    linked,
-    measure_references,
-    token_batches,
-    with_form,
-)
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import find_model
+from gradsieve.references import UnitMean, contrast, linked, measure_references
 
 Write = Callable[..., Path]
 SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200, "budget": "25%"}

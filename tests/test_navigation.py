@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsieve.data import read_examples
+from gradsieve.data import TokenSet, read_examples
 from gradsieve.errors import InvalidArgument
-from gradsieve.extraction import TokenSet
 from gradsieve.navigation import make_navigator, split_anchor
 from gradsieve.train.navigator import NavigatorSettings
 

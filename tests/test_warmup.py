@@ -18,7 +18,8 @@ from torch import Tensor
 
 import gradsieve as gs
 from gradsieve import warmup as module
-from gradsieve.extraction import ComputeSettings, TokenSet
+from gradsieve.compute import ComputeSettings
+from gradsieve.data import TokenSet
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 

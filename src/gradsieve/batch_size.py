@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from gradsieve.compute import token_batches
 from gradsieve.data import Tokens
-from gradsieve.extraction import token_batches
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.fitting import ran_out_of_memory, release
 from gradsieve.gradients.settings import Batch

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from gradsieve.clock import Progress, silent
+from gradsieve.compute import ComputeSettings
+from gradsieve.data import TokenSet
 from gradsieve.errors import InvalidArgument
-from gradsieve.extraction import ComputeSettings, Source, TokenSet, measure_references
 from gradsieve.gradients.loop import Loop, Truth
 from gradsieve.models import ModelSource
+from gradsieve.references import Source, measure_references
 from gradsieve.types import Gradients
 
 TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 2e-3), torch.bfloat16: (5e-2, 5e-2)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsieve.clock import Cost, Progress, silent
-from gradsieve.extraction import TokenSet
+from gradsieve.data import TokenSet
 from gradsieve.job import Job
 from gradsieve.pipeline import find_method
 from gradsieve.run import Run

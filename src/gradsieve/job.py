@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gradsieve.compute import REFERENCE_MEMORY
 from gradsieve.data import Format
 from gradsieve.data.corrupt import How
 from gradsieve.data.dedup import THRESHOLD, Dedup
-from gradsieve.extraction import REFERENCE_MEMORY
 from gradsieve.models import DType
 from gradsieve.types import Example
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsieve.data import IGNORE, Tokens
+from gradsieve.data import IGNORE, Tokens, TokenSet
 from gradsieve.data.corrupt import mostly_worked
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate.completion import Completion
 from gradsieve.evaluate.keys import marks
 from gradsieve.evaluate.likelihood import likelihood
-from gradsieve.extraction import TokenSet
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import Cost
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gradsieve.extraction import ComputeSettings, TokenSet, fill
+from gradsieve.compute import ComputeSettings
+from gradsieve.data import TokenSet
+from gradsieve.extraction import fill
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.fitting import Say
 from gradsieve.store import GradientStore

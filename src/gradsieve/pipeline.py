@@ -13,9 +13,8 @@ import torch
 
 from gradsieve.check import Compared
 from gradsieve.clock import Clock, Progress, silent
-from gradsieve.data import Excluded
+from gradsieve.data import Excluded, TokenSet
 from gradsieve.errors import InvalidArgument
-from gradsieve.extraction import TokenSet
 from gradsieve.job import Data, Job, file_names
 from gradsieve.models import ModelSource
 from gradsieve.overhead import Overhead

@@ -18,33 +18,15 @@ from gradsieve.batch_size import describe as describe_sizes
 from gradsieve.check import Compared
 from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress
-from gradsieve.data import Excluded, overlap, read_examples, row_fields
+from gradsieve.compute import ComputeSettings, form_note, with_form
+from gradsieve.data import Excluded, TokenSet, overlap, read_examples, row_fields
 from gradsieve.data.corrupt import Corruption, corrupt
 from gradsieve.data.dedup import check_dedup, find_duplicates
 from gradsieve.data.template import read_template
 from gradsieve.data.texts import bm25_scores, embeddings
 from gradsieve.demo import cache_dir, demo_set, describe, is_demo
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
-from gradsieve.extraction import (
-    ComputeSettings,
-    Contrast,
-    Source,
-    TokenSet,
-    UnitMean,
-    contrast,
-    fill,
-    for_store,
-    form_note,
-    manifest,
-    measure_references,
-    plan,
-    read_facts,
-    read_halves,
-    reusable,
-    token_sets,
-    with_form,
-    write_facts,
-)
+from gradsieve.extraction import fill, for_store, manifest, plan, reusable
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.gradients.settings import EngineSettings, plain
@@ -54,6 +36,17 @@ from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device
 from gradsieve.navigation import make_navigator, split_anchor
 from gradsieve.needs import reads_gradients, reads_model, reads_set
 from gradsieve.overhead import Overhead, overhead
+from gradsieve.references import (
+    Contrast,
+    Source,
+    UnitMean,
+    contrast,
+    measure_references,
+    read_facts,
+    read_halves,
+    token_sets,
+    write_facts,
+)
 from gradsieve.selectors.ranking import split_half
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings

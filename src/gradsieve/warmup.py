@@ -25,9 +25,10 @@ import xxhash
 
 from gradsieve.atomic import write_json
 from gradsieve.clock import Clock, Progress
-from gradsieve.data import Tokens
+from gradsieve.compute import ComputeSettings
+from gradsieve.data import Tokens, TokenSet
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
-from gradsieve.extraction import ComputeSettings, TokenSet, manifest
+from gradsieve.extraction import manifest
 from gradsieve.gradients.adam import PICKLED, SAFE, Moments
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine

@@ -13,12 +13,11 @@ import xxhash
 
 from gradsieve.compare.config import Config, TestFiles
 from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
-from gradsieve.data import Tokens, content_hash, read_examples
+from gradsieve.data import Tokens, TokenSet, content_hash, read_examples
 from gradsieve.data.template import read_template
 from gradsieve.demo import demo_general, demo_set, demo_test, is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.evaluate import TestSet
-from gradsieve.extraction import TokenSet
 from gradsieve.models import ModelSource, find_model, resolve_device, resolve_dtype
 from gradsieve.types import Example
 

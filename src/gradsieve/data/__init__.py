@@ -3,6 +3,7 @@
 from gradsieve.data.read import Dataset, content_hash, overlap, read_examples, row_fields
 from gradsieve.data.shapes import Format
 from gradsieve.data.template import IGNORE, Excluded, Tokenized, Tokens, template_text, tokenize
+from gradsieve.data.token_set import TokenSet
 from gradsieve.data.write import write_jsonl, write_lines
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Dataset",
     "Excluded",
     "Format",
+    "TokenSet",
     "Tokenized",
     "Tokens",
     "content_hash",
