@@ -36,8 +36,10 @@ ALLOWED = {
     "needs": BASE,
     "terminal": BASE | {"report", "demo_run"},
     "job": BASE | {"data", "models", "compute"},
+    "inputs": BASE | {"data", "demo", "job", "needs"},
     "run": BASE
     | {
+        "inputs",
         "batch_size",
         "check",
         "clock",

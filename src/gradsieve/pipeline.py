@@ -163,7 +163,7 @@ def select(
         pool=problem.candidates,
         examples=[by_id[problem.candidates.ids[row]] for row in selection.rows.tolist()],
         sets=run.sets,
-        formats=run.formats,
+        formats=run.inputs.formats,
         excluded=run.excluded(problem.candidates),
         references=problem.references,
         notes=tuple(run.notes),

@@ -19,22 +19,23 @@ from gradsieve.check import Compared
 from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress
 from gradsieve.compute import ComputeSettings, form_note, with_form
-from gradsieve.data import Excluded, TokenSet, overlap, read_examples, row_fields
+from gradsieve.data import Excluded, TokenSet, row_fields
 from gradsieve.data.corrupt import Corruption, corrupt
 from gradsieve.data.dedup import check_dedup, find_duplicates
 from gradsieve.data.template import read_template
 from gradsieve.data.texts import bm25_scores, embeddings
-from gradsieve.demo import cache_dir, demo_set, describe, is_demo
+from gradsieve.demo import cache_dir
 from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
 from gradsieve.extraction import fill, for_store, manifest, plan, reusable
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.gradients.settings import EngineSettings, plain
 from gradsieve.gradients.sketch import SketchPlan
-from gradsieve.job import Data, Job, file_names
+from gradsieve.inputs import Inputs, read_inputs
+from gradsieve.job import Data, Job
 from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
 from gradsieve.navigation import make_navigator, split_anchor
-from gradsieve.needs import reads_gradients, reads_model, reads_set
+from gradsieve.needs import reads_gradients, reads_model
 from gradsieve.overhead import Overhead, overhead
 from gradsieve.references import (
     Contrast,
@@ -50,7 +51,7 @@ from gradsieve.references import (
 from gradsieve.selectors.ranking import split_half
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
-from gradsieve.types import ArrayGradients, Budget, Example, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
 from gradsieve.warmup import Stop, require_training, stops_of
 
 DEFAULT_BATCH = 1024  # tokens
@@ -70,11 +71,9 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, TokenSet] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
-    corrupted: dict[str, Example] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=Inputs)
     held_out: TokenSet | None = None
     navigator: LoRANavigator | None = None
-    replayed: frozenset[str] = frozenset()
     gradient_tokens: int = 0
     warmup_work: float = 0.0
     trained_weights: int = 0
@@ -92,8 +91,9 @@ class Run:
         job, budget = self.job, Budget.parse(self.job.budget)
         check_dedup(job.dedup, job.dedup_threshold)
         with self.clock.stage("reading"):
-            examples = self._read(data)
-            self.corrupted = self._read_corrupted(examples)
+            self.inputs = read_inputs(job, self.name, self.needs, data)
+            examples = self.inputs.examples
+            self.notes += self.inputs.notes
             if budget.examples is not None and budget.examples > len(examples["pool"]):
                 raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
             if self.out is not None:
@@ -194,52 +194,7 @@ class Run:
         not_finite = [Excluded(position, id, reason) for position, id in own if id not in finite]
         return sorted([*pool.excluded, *not_finite], key=lambda excluded: excluded.position)
 
-    # -- reading -----------------------------------------------------------------------------------------------------
-
-    def _read(self, data: Mapping[str, Data]) -> dict[str, Sequence[Example]]:
-        if not data["pool"]:
-            raise InvalidArgument("--pool must name the examples to choose from, got none; pass a JSONL, or `--pool demo`")
-        for role, flag in (
-            ("target", "--target (examples of the ability you want)"),
-            ("anchor", "--anchor (general examples)"),
-        ):
-            if not data[role] and any(reads_set(need, role) for need in self.needs):
-                raise InvalidArgument(
-                    f"{self.name} needs {flag}, got none; pass a JSONL, or `--{role} demo` for the built-in one"
-                )
-        examples = {role: self._read_set(role, value) for role, value in data.items() if value}
-        if self.job.replay:
-            replay = self._read_set("replay", self.job.replay)
-            self.replayed = frozenset(example.id for example in replay)
-            if shared := self.replayed & {example.id for example in examples["pool"]}:
-                raise InvalidArgument(
-                    f"replay must have ids of its own, got {min(shared)!r}, which the pool has too; rename it"
-                )
-            examples["pool"] = [*examples["pool"], *replay]
-        for role in set(examples) - {"pool"}:
-            _refuse_overlap(role, examples[role], "pool", examples["pool"])
-        if "target" in examples and "anchor" in examples:
-            _refuse_overlap("anchor", examples["anchor"], "target", examples["target"])
-        return examples
-
-    def _read_set(self, role: str, data: Data) -> Sequence[Example]:
-        if not isinstance(data, str | Path) and any(isinstance(part, Example) for part in data):
-            return _from_memory(role, data)
-        files = file_names(data)
-        if any(map(is_demo, files)):
-            if len(files) > 1:
-                raise InvalidArgument(f"--{role} must be `demo` alone or files, got {' '.join(files)}")
-            examples = demo_set(role, files[0], self.job.seed)
-            self.formats[role] = describe(examples)
-            return examples
-        dataset = read_examples(files, format=self.job.format, category_field=self.job.category_field)
-        self.notes += dataset.notes
-        self.formats[role] = dataset.format
-        if not dataset.examples:
-            raise InvalidArgument(f"{role} must hold at least one example, got none in {', '.join(files)}")
-        if dataset.repeated:
-            self.notes.append(f"{dataset.repeated} examples of the {role} repeat an earlier one word for word; they were kept")
-        return dataset.examples
+    # -- what needs no model ---------------------------------------------------------------------------------------
 
     def _columns(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
         """The pool's columns that do not come with its gradients: numbers it has, matches of words, answers alone."""
@@ -281,20 +236,6 @@ class Run:
     def _embedded(self, tokens: TokenSet, encoder: str, device: str) -> torch.Tensor:
         with self.clock.stage(f"embeddings of the {tokens.name}"):
             return embeddings([tokens.examples[i] for i in tokens.kept], encoder, device)
-
-    def _read_corrupted(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Example]:
-        if not self.job.corrupted:
-            return {}
-        copies = {example.id: example for example in self._read_set("corrupted", self.job.corrupted)}
-        originals = {example.id: example for role in ("anchor", "target") for example in examples.get(role, ())}
-        for id, copy in copies.items():
-            if id not in originals:
-                raise InvalidArgument(
-                    f"corrupted must hold copies of anchor or target examples, got {copy.origin} with id {id!r}"
-                )
-            if copy.messages == originals[id].messages:
-                raise InvalidArgument(f"corrupted must differ from its original, got {copy.origin} with the messages of {id!r}")
-        return copies
 
     def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
         if isinstance(model, str) and not model:
@@ -522,9 +463,10 @@ class Run:
 
     def _contrast(self, part: TokenSet, source: ModelSource, compute: ComputeSettings, template: str | None) -> Contrast:
         usable = [part.examples[i] for i in part.kept]
-        given = [(example, self.corrupted[example.id]) for example in usable if example.id in self.corrupted]
+        copies = self.inputs.corrupted
+        given = [(example, copies[example.id]) for example in usable if example.id in copies]
         corruption = (
-            Corruption(given, [example for example in usable if example.id not in self.corrupted], "given")
+            Corruption(given, [example for example in usable if example.id not in copies], "given")
             if given
             else corrupt(usable, self.job.corruption, seed=self.job.seed)
         )
@@ -540,8 +482,8 @@ class Run:
         """
         extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
         extra |= self._columns(tokens) if tokens.name == "pool" else {}
-        if self.replayed and tokens.name == "pool":
-            extra["replay"] = torch.tensor([float(id in self.replayed) for id in tokens.ids], dtype=torch.float64)
+        if self.inputs.replayed and tokens.name == "pool":
+            extra["replay"] = torch.tensor([float(id in self.inputs.replayed) for id in tokens.ids], dtype=torch.float64)
         if tokens.name == "target" and (groups := self._target_groups()):
             own = [groups.index(tokens.examples[i].category or "none") for i in tokens.kept]
             extra["group"] = torch.tensor(own, dtype=torch.float64)
@@ -571,31 +513,6 @@ def _without_gradients(tokens: TokenSet, columns: Mapping[str, torch.Tensor], ex
     supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
     lengths = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
     return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**lengths, **columns}, extra)
-
-
-def _from_memory(role: str, data: Sequence[Any]) -> Sequence[Example]:
-    """Returns examples that the caller made, once it is sure that each is one and that ids tell them apart."""
-    if not all(isinstance(part, Example) for part in data):
-        raise InvalidArgument(f"{role} must be files or examples, not both; write the examples to a file first")
-    first: dict[str, Example] = {}
-    for example in data:
-        if example.id in first:
-            there = first[example.id].origin
-            raise InvalidArgument(
-                f"{role} must have unique ids, got {example.id!r} at {there} and {example.origin}; rename one"
-            )
-        first[example.id] = example
-    return data
-
-
-def _refuse_overlap(role: str, examples: Sequence[Example], other: str, others: Sequence[Example]) -> None:
-    pairs = overlap(examples, others)
-    if pairs:
-        mine, theirs = pairs[0]
-        raise InvalidArgument(
-            f"{role} must not share examples with the {other}, got {len(pairs)} shared, the first {mine.origin} and "
-            f"{theirs.origin}; remove them from one side"
-        )
 
 
 def _require_writable(out: Path) -> None:
