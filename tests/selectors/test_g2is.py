@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -46,23 +47,32 @@ def graph_naive(U, ids, width):
     return [near(i)[: width or None] for i in range(len(U))]
 
 
-def walk_naive(U, K, budgets, graph, ids, delta, seen=None, among=1000):
-    """Eq. G2IS-3 as it is written: every constraint from scratch for every candidate; the fallback sorts all n anew."""
-    n, used, picks = len(U), set(), []
+def walk_naive(U, K, budgets, graph, ids, delta, seen=None, among=1000, price=None):
+    """Eq. G2IS-3 as it is written: every constraint from scratch for every candidate; the fallback sorts all n anew.
+
+    With prices, candidates that cost more than what is left are not there, and what is too little for any goes to the next.
+    """
+    n, used, picks, passed_on = len(U), set(), [], 0
+    price = price or [1] * n
 
     def cosine(total, k):
         length = np.linalg.norm(total)
         return abs(total @ k) / length if length > 1e-10 else 0.0
 
-    for k, budget in zip(K, budgets, strict=True):
+    for k, own in zip(K, budgets, strict=True):
+        budget, passed_on = own + passed_on, 0
         if budget <= 0:
             continue
         along = [float(u @ k) for u in U]
+        left = budget
 
         def best_first(along=along):
             return [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i])) if i not in used]
 
-        top = [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i]))[:among] if i not in used]
+        top = [i for i in sorted(range(n), key=lambda i: (-along[i], ids[i]))[:among] if i not in used and price[i] <= left]
+        if best_first() and min(price[i] for i in best_first()) > left:
+            passed_on = left
+            continue
         if not top:
             if seen is not None:
                 why = "start" if best_first() else "exhausted"
@@ -70,10 +80,16 @@ def walk_naive(U, K, budgets, graph, ids, delta, seen=None, among=1000):
             continue
         chosen, total = [top[0]], U[top[0]].copy()
         used.add(top[0])
-        while len(chosen) < budget:
+        left -= price[top[0]]
+        while left > 0:
+            if best_first() and min(price[i] for i in best_first()) > left:
+                passed_on = left
+                break
             old = cosine(total, k)
 
-            def fits(j, chosen=chosen, total=total, old=old, k=k):
+            def fits(j, chosen=chosen, total=total, old=old, k=k, left=left):
+                if price[j] > left:
+                    return False
                 no_conflict = all(U[j] @ U[s] >= 0 for s in chosen)
                 return no_conflict and cosine(total + U[j], k) >= delta * old - 1e-9
 
@@ -87,6 +103,7 @@ def walk_naive(U, K, budgets, graph, ids, delta, seen=None, among=1000):
                 break
             chosen.append(found)
             used.add(found)
+            left -= price[found]
             total = total + U[found]
         picks += chosen
     return picks
@@ -125,6 +142,25 @@ def test_paper_mode_chooses_the_same_rows_in_the_same_order_as_the_published_wal
         short += len(expected) < budget
     assert min(seen.values()) > 50
     assert 20 < short < 180
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.8, 1.0])
+def test_with_prices_the_walk_is_the_published_one_among_what_still_fits(delta):
+    ended = Counter()
+    for seed in range(60):
+        G, _, ids, _, _, width = instance(seed + 2000)
+        rng = np.random.default_rng(seed)
+        K = unit_rows(torch.tensor(rng.normal(size=(3, G.shape[1])))).numpy()
+        price = np.ceil(np.exp(rng.normal(3, 1, size=len(G))))
+        budgets = (price.sum() * rng.uniform(0, 0.3, size=3)).tolist()
+        done = walked(G.tolist(), K.tolist(), budgets, ids, width, delta=delta, price=torch.tensor(price))
+        U = unit_rows(torch.tensor(G, dtype=torch.float32)).numpy()
+        expected = walk_naive(U, K, budgets, graph_naive(U, ids, width), ids, delta, price=price.tolist())
+        assert [row for component in done for row in component.rows] == expected, seed
+        assert all(price[component.rows].sum() <= component.budget for component in done)
+        ended.update(component.stop for component in done)
+    assert ended["price"] > 10
+    assert delta == 0 or ended["constraints"] > 10
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.5, 0.8, 0.97, 1.0])
