@@ -34,7 +34,7 @@ from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import Batch, EngineSettings
 from gradsieve.models import resolve_dtype
 from measuring import Row, machine, measure, over, versions
-from peers import PEERS, peer_rows
+from peers import PEERS, dense_projection, peer_rows
 from truth import Truth, largest_error
 from ways import (
     EVERYTHING,
@@ -55,6 +55,7 @@ SKETCH, MOMENTS, EXTREMES = "sketch of linear, head, embedding", "  + norm, mean
 LINEAR, NORM, SIGNALS = "sketch of linear", "  + norm", "  + norm, signals of embedding and head"
 ONE, FOUR, BOTH = "  + norm, 1 reference", "  + norm, 4 references", "  + max, min, 4 references"
 EXTREME = "  + norm, max, min"
+DENSE = "LESS-style loop with TRAK's projection"
 LESS, LORA_STEP, LORA = "LESS-style loop, batch 1", "LoRA training step", "sketch and norm of LoRA"
 HALF_FLOOR, HALF = "FLOOR in bfloat16", "sketch of linear in bfloat16"
 
@@ -166,6 +167,22 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
+def add_dense_loop(
+    rows: Sequence[Row], model: Any, batches: Sequence[Batch], peers: Path, found: dict[str, float], missing: dict[str, str]
+) -> None:
+    """Adds the time of a loop that projects as LESS does on a processor, in those of a sketch; see `dense_projection`."""
+    seconds = {row.name: statistics.median(row.seconds) for row in rows}
+    if not {LESS, SKETCH} <= set(seconds):
+        return
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        projection = dense_projection(peers, weights, sum(len(batch.input_ids) for batch in batches))
+    except ImportError as error:
+        missing[DENSE] = f"{type(error).__name__}: {error}"
+        return
+    found[f"{DENSE} / sketch"] = (seconds[LESS] + projection) / seconds[SKETCH]
+
+
 def table(shape: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Prints the rows of one shape; returns them for machines."""
     print(f"\n{shape}: FLOOR {statistics.median(rows[0].seconds):.2f} s")
@@ -216,6 +233,8 @@ def main() -> None:
         measure(rows, repeats, options.device)
         found += table(shape, rows)
         summary[shape] = ratios(rows)
+        if options.peers and number == 0:
+            add_dense_loop(rows, model, batches, options.peers, summary[shape], missing)
         for title, value in summary[shape].items():
             print(f"{title}: {value:.2f}")
         for name, reason in missing.items():

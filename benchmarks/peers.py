@@ -5,6 +5,7 @@ They are an optional group (`peers.txt` says how to install it). One that is not
     bergson     16 x 16 numbers per layer, concatenated; the documented in-memory collector
     dattri-llm  LoGRA with 16 x 16 per layer, on frozen weights, the cheaper of its two representations
     Opacus      whole per-example gradients in memory, nothing made of them
+    TRAK        the dense projection that LESS uses where there is no GPU; timed on a part of the weights, `dense_projection`
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import logging
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gradsieve.gradients.parameters import choose_parameters
 from gradsieve.gradients.settings import Batch
@@ -51,6 +55,23 @@ def peer_rows(folder: Path, model: Any, batches: Sequence[Batch], wanted: re.Pat
         except Exception as error:  # whatever a foreign package may raise is a reason not to list figures for it
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return rows, missing
+
+
+def dense_projection(folder: Path, weights: int, examples: int, dim: int = 1024, part: int = 128) -> float:
+    """Returns the processor seconds in which TRAK projects gradients of `weights` numbers: `part` times those of a `part`-th.
+
+    The projector draws its dense matrix anew for every call, block by block, and multiplies: both grow with the weights.
+    """
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-not-found]
+
+    count = max(1, weights // part)
+    projector = BasicProjector(count, dim, 0, ProjectionType.rademacher, torch.device("cpu"))
+    gradients = torch.randn(examples, count)
+    started = time.process_time()
+    projector.project(gradients, 0)
+    return (time.process_time() - started) * weights / count
 
 
 def linear_names(model: Any) -> list[str]:
