@@ -122,6 +122,13 @@ def test_passes_and_threads_change_nothing(budget, make_problem, monkeypatch):
         assert whole.trace == other.trace
 
 
+def test_what_is_taken_by_pieces_is_the_whole():
+    torch.manual_seed(0)
+    M, sizes, v = torch.randn(9000, 3), torch.rand(9000).double(), torch.randn(3).double()
+    assert torch.allclose(pgm._weighted_sum(M, sizes), sizes @ M.double())
+    assert torch.allclose(pgm._products(M, v), M.double() @ v)
+
+
 def test_a_budget_that_is_no_multiple_of_a_mini_batch_is_a_stated_shortfall(make_problem):
     selection = run(PGM(2, 4), make_problem(60), 15)
     assert len(selection.rows) == 12
