@@ -17,7 +17,7 @@ from gradsieve.compare.figures import figures
 from gradsieve.compare.page import headline, lead, render
 from gradsieve.compare.records import Finished, write_items, write_json
 from gradsieve.compare.summary import Effect, Standing, Summary, summarise
-from gradsieve.compare.tables import effects_csv, interval, markdown
+from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv
 from gradsieve.errors import DataError
 
 ITEMS = {"law": [f"l{i}" for i in range(30)], "math": [f"m{i}" for i in range(20)]}
@@ -200,6 +200,29 @@ def test_tables_hold_the_numbers(write: Write) -> None:
     assert interval(standing(summary, "good").over_random, verdict=True) in text
     assert "| good 10% | 40 | 5 |" in text
     assert "full added, because no comparison may lack them" in text
+
+
+def test_every_two_arms_are_held_against_each_other(write: Write) -> None:
+    summary = summarise(write(), record(list(TEACHES)), resamples=300)
+    pairs = {(pair.arm, pair.other): pair for one in summary.pairs for pair in (one, one.turned)}
+    assert len(pairs) == 2 * summary.pairs_of("equal_steps") == len(TEACHES) * (len(TEACHES) - 1)
+    for (arm, other), pair in pairs.items():
+        a, b = arm.split()[0], other.split()[0]
+        assert pair.keeping is not None
+        assert pair.gain.mean == pytest.approx(TEACHES[a] - TEACHES[b], abs=0.05)
+        assert pair.keeping.mean == pytest.approx(FORGETS[b] - FORGETS[a], abs=0.05)
+    over_random, gained = standing(summary, "good").over_random, pairs["good 10%", "random 10%"].gain
+    assert over_random is not None
+    assert (gained.mean, gained.low, gained.high) == (over_random.mean, over_random.low, over_random.high)
+    better = {(one.arm, one.other) for one in summary.better("equal_steps")}
+    assert ("good 10%", "random 10%") in better
+    assert {("random 10%", "good 10%"), ("bad 10%", "good 10%"), ("good 10%", "bad 10%")}.isdisjoint(better)
+    text, rows = markdown(summary), list(csv.DictReader(io.StringIO(pairs_csv(summary))))
+    assert f"| good 10% | random 10% | {interval(gained)} |" in text
+    assert f"{len(better)} of {len(pairs) // 2} pairs" in text
+    assert len(rows) == len(summary.pairs)
+    assert float(rows[0]["minus_keeping"]) == summary.pairs[0].keeping.mean  # type: ignore[union-attr]
+    assert "pairs.csv" in render(summary, figures(summary))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,37 @@ class Standing:
     @property
     def label(self) -> str:
         """Its name in tables and plots."""
-        return f"{self.arm} {self.budget}" if self.budget else self.arm
+        return _label(self.arm, self.budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two arms of one view, each with its budget.
+
+    Attributes:
+        view: In which both stand.
+        arm: The one, as tables name it.
+        other: The other.
+        gain: By how much the one gains more.
+        keeping: By how much it forgets less; None without general tests.
+    """
+
+    view: str
+    arm: str
+    other: str
+    gain: Estimate
+    keeping: Estimate | None
+
+    @property
+    def turned(self) -> Pair:
+        """The same seen from the other."""
+        return Pair(self.view, self.other, self.arm, _turned(self.gain), self.keeping and _turned(self.keeping))
+
+    @property
+    def dominates(self) -> bool:
+        """Whether the one is better in gain or in forgetting beyond doubt, and not worse in the other."""
+        verdicts = {self.gain.verdict, *([self.keeping.verdict] if self.keeping else [])}
+        return "win" in verdicts and verdicts <= {"win", "tie"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +144,7 @@ class Summary:
         roles: Role of each test.
         effects: Every arm, budget, view, test and metric.
         standings: Every arm and budget, view by view.
+        pairs: Every two of them that share seeds, view by view.
         overlaps: Jaccard index of the subsets of each pair, by budget: mean over seeds.
         generations: What each arm answered, first seed: (label, answers).
         missing: Cells that are not finished.
@@ -126,6 +158,7 @@ class Summary:
     roles: Mapping[str, str]
     effects: Sequence[Effect]
     standings: Sequence[Standing]
+    pairs: Sequence[Pair]
     overlaps: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]
     generations: Sequence[tuple[str, Sequence[Mapping[str, str]]]]
     missing: Sequence[str]
@@ -135,6 +168,15 @@ class Summary:
     def views(self) -> list[str]:
         """Returns the views, in order."""
         return list(dict.fromkeys(standing.view for standing in self.standings))
+
+    def pairs_of(self, view: str) -> int:
+        """Returns how many pairs a view has."""
+        return sum(pair.view == view for pair in self.pairs)
+
+    def better(self, view: str) -> list[Pair]:
+        """Returns who is better than whom in gain or forgetting beyond doubt, and in the other not worse."""
+        both = [one for pair in self.pairs if pair.view == view for one in (pair, pair.turned)]
+        return [one for one in both if one.dominates]
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +284,7 @@ def summarise(
         roles=roles,
         effects=effects,
         standings=standings,
+        pairs=_pairs(table, gain_metric, forgetting_metric),
         overlaps=_overlaps(finished),
         generations=_generations(finished),
         missing=list(missing),
@@ -298,6 +341,24 @@ def _over_random(table: _Table, key: Key, metric: str) -> Estimate | None:
     if key == random or not _shared(table.seeds[key], table.seeds.get(random, [])):
         return None
     return _over_tests(table, key, random, "target", metric)[0]
+
+
+def _pairs(table: _Table, gain: str, forgetting: str | None) -> list[Pair]:
+    return [
+        Pair(
+            key[2],
+            _label(*key[:2]),
+            _label(*other[:2]),
+            _over_tests(table, key, other, "target", gain)[0],
+            _over_tests(table, key, other, "general", forgetting)[0] if forgetting else None,
+        )
+        for key, other in combinations(table.seeds, 2)
+        if key[2] == other[2] and _shared(table.seeds[key], table.seeds[other])
+    ]
+
+
+def _label(arm: str, budget: str | None) -> str:
+    return f"{arm} {budget}" if budget else arm
 
 
 def _over_tests(table: _Table, key: Key, other: Key, role: str, metric: str) -> tuple[Estimate, Floats]:

@@ -31,11 +31,25 @@ def effects_csv(summary: Summary) -> str:
     return out.getvalue()
 
 
+def pairs_csv(summary: Summary) -> str:
+    """Returns every two arms, one pair a line: by how much the first gains more and forgets less."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    parts = [f"{what}_{name}" for name in ("gain", "keeping") for what in ("minus", "low", "high", "verdict")]
+    writer.writerow(["view", "arm", "other", "seeds", *parts])
+    for pair in summary.pairs:
+        row: list[object] = [pair.view, pair.arm, pair.other, pair.gain.seeds]
+        for found in (pair.gain, pair.keeping):
+            row += ["", "", "", ""] if found is None else [found.mean, found.low, found.high, found.verdict]
+        writer.writerow(row)
+    return out.getvalue()
+
+
 def markdown(summary: Summary) -> str:
     """Returns where each arm stands, view by view, and what must be known."""
     lines = [f"# {summary.name}", "", *_legend(summary), ""]
     for view in summary.views():
-        lines += [f"## {view.replace('_', ' ').capitalize()}", "", *_standings(summary, view), ""]
+        lines += [f"## {view.replace('_', ' ').capitalize()}", "", *_standings(summary, view), "", *_dominations(summary, view)]
         for metric in _metrics(summary):
             lines += [f"### {metric}", "", *_effects(summary, view, metric), ""]
     if summary.notes:
@@ -88,6 +102,18 @@ def _standings(summary: Summary, view: str) -> list[str]:
             + [duration(selecting), duration(one.seconds["train"])]
         )
     return _table(header, rows)
+
+
+def _dominations(summary: Summary, view: str) -> list[str]:
+    rows = [[one.arm, one.other, interval(one.gain), interval(one.keeping)] for one in summary.better(view)]
+    if not rows:
+        return []
+    said = (
+        f"{len(rows)} of {summary.pairs_of(view)} pairs (pairs.csv has all). Each interval stands for itself: of twenty pairs "
+        "without a difference one is expected here."
+    )
+    title = "### Better in gain or forgetting, and not worse in the other"
+    return [title, "", said, "", *_table(["arm", "than", "gains more by", "forgets less by"], rows), ""]
 
 
 def _metrics(summary: Summary) -> list[str]:
