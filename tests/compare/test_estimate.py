@@ -9,10 +9,10 @@ import pytest
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.estimate import forecast
-from gradsieve.compare.records import read_json
+from gradsieve.compare.records import read_json, write_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted, training_tokens
-from gradsieve.compare.subsets import open_stores
+from gradsieve.compare.subsets import WHOLE, open_stores
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:
@@ -51,7 +51,10 @@ def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
     ((store, seeds),) = open_stores(comparison.study, comparison.material).items()
     assert seeds == [0, 1]
     store.mkdir(parents=True)
-    (store / "whole").touch()
+    digests = [comparison.material.sides(seed).digest for seed in seeds]
+    write_json(store / WHOLE, digests[:1])
+    assert open_stores(comparison.study, comparison.material)
+    write_json(store / WHOLE, digests)
     assert not open_stores(comparison.study, comparison.material)
     content["arms"]["less"] = {"settings": {"warmup_share": 0.5}}
     comparison = Comparison.of(parse_config(content | {"out": str(tmp_path / "other")}, "x.yaml"))
@@ -85,6 +88,11 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert spent.keys() == {"references", "gradients of the pool"}
     for seed in (0, 1):
         assert spent["references"] < both[seed].gradient_seconds < sum(spent.values())
+    later = chosen([0], "later")[0].gradient_seconds
+    assert chosen([0, 1], "later")[1].ids == both[1].ids  # a seed that came later finds its rows taken, in the same store
+    (filled,) = (read_json(path) for path in (tmp_path / "later" / "stores").glob(f"*/{WHOLE}"))
+    assert len(filled) == 2
+    assert later > 0
     twice = sum(one.gradient_seconds for one in both.values())
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 

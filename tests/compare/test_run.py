@@ -19,9 +19,9 @@ import yaml
 
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
-from gradsieve.compare.records import Finished, read_finished, read_items, read_results
+from gradsieve.compare.records import Finished, read_finished, read_items, read_json, read_results
 from gradsieve.compare.run import Comparison
-from gradsieve.compare.subsets import _store
+from gradsieve.compare.subsets import WHOLE, _store
 from gradsieve.compare.training import Job, full_steps, make_job, work
 from gradsieve.errors import InvalidArgument
 
@@ -248,7 +248,7 @@ def test_a_store_is_filled_by_one_process_at_a_time(config: Config, tmp_path: Pa
         assert waiting.is_alive()
         assert {path.name for path in store.iterdir()} == {".claim"}
     waiting.join(100)
-    assert (store / "whole").exists()
+    assert read_json(store / WHOLE) == [comparison.material.sides(0).digest]
 
 
 def test_no_cell_is_begun_after_the_minutes(config: Config) -> None:

@@ -28,6 +28,7 @@ from gradsieve.needs import reads_model
 from gradsieve.pipeline import Result, find_method, select
 from gradsieve.types import Budget, Example, Problem, Selection, Selector
 
+WHOLE = "whole.json"  # in a store: the data it has all gradients of
 _WRITE_EVERY_S = 5.0
 
 
@@ -184,13 +185,14 @@ def _gradients(study: Path, material: Material, arm: Arm, seed: int, progress: P
     """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds of this seed's."""
     store = _store(study, material, arm, seed)
     with _alone(store):
-        if not (store / "whole").exists():
+        digests = [material.sides(one).digest for one in _together(material, arm, seed)]
+        if missing := _missing(store, digests):
             stopwatch = _Stopwatch(store / "spent.json", progress)
             everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
             pools = _pools(material, arm, seed)
             _select(store, material, everything, "1", seed, stopwatch.progress, pool=pools)
             stopwatch.write()
-            (store / "whole").touch()
+            write_json(store / WHOLE, sorted({*_filled(store), *missing}))
     return _seconds_of(read_json(store / "spent.json")["seconds"], material, arm, seed)
 
 
@@ -265,7 +267,18 @@ def open_stores(study: Path, material: Material) -> dict[Path, list[int]]:
     stores = {
         _store(study, material, arm, seed): _together(material, arm, seed) for seed in material.config.seeds for arm in arms
     }
-    return {store: seeds for store, seeds in stores.items() if not (store / "whole").exists()}
+    digests = {store: [material.sides(seed).digest for seed in seeds] for store, seeds in stores.items()}
+    return {store: seeds for store, seeds in stores.items() if _missing(store, digests[store])}
+
+
+def _filled(store: Path) -> list[str]:
+    """Returns which data a store has all gradients of."""
+    return list(read_json(store / WHOLE)) if (store / WHOLE).exists() else []
+
+
+def _missing(store: Path, digests: Sequence[str]) -> set[str]:
+    """Returns which of these data a store lacks gradients of: a seed may have come later."""
+    return set(digests) - set(_filled(store))
 
 
 def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
