@@ -2,7 +2,8 @@
 
 comparison.json              the resolved configuration, versions and hardware of the last run
 leaks.jsonl                  every leak that was found, with --drop-leaks
-stores/KEY/                  gradients, one store for all methods and seeds with the same references; spent.json, whole.json: seconds, data
+stores/KEY/                  gradients, one store for all methods and seeds with the same references
+           spent.json        what they cost; whole.json: of which data they are
 selections/NAME.json         what a method chose: ids, weights, notes, seconds; shared where nothing was random
 cells/CELL/selection.json    the same, of this cell
            training/         a training run at work; removed at the end, but for the model with keep_models
