@@ -156,6 +156,16 @@ def report(problem: gs.Problem, kinds: Sequence[str]) -> dict[tuple[str, str], f
     return table
 
 
+def bound(problem: gs.Problem, epsilon: float) -> None:
+    """Prints how λ moved while a policy was trained under this bound on the simulated KL divergence, and where it ended."""
+    trace = gs.OGS(epsilon=epsilon).select(problem, gs.Budget.parse("20%"), torch.Generator().manual_seed(0)).trace
+    path = " ".join(f"{value:.2g}" for value in trace["training"]["lambda"][::5])
+    ends = ", ".join(
+        f"{name} {r:.4f} at {c:.4f}" for name, (r, c) in ((n, tuple(v.values())) for n, v in trace["simulated"].items())
+    )
+    print(f"    ogs, kl bounded by {epsilon:g} nats: λ in every fifth round {path}; simulated gain at cost: {ends}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -166,6 +176,9 @@ def main() -> None:
     parser.add_argument("--anchor", type=int, default=120, help="half of it arithmetic, half knowledge")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"])
+    parser.add_argument(
+        "--epsilon", type=float, nargs="*", default=[], help="bounds to train a policy of ogs under, budget 20%%"
+    )
     parser.add_argument("--store", default="probe-store")
     arguments = parser.parse_args()
     tables = []
@@ -189,6 +202,8 @@ def main() -> None:
         print(f"seed {seed}: {len(problem.candidates.ids)} rows; signal share and split-half rank correlation:")
         for name, fact in problem.references.items():
             print(f"    {name:28} {fact.signal_share:5.2f} {fact.split_half or float('nan'):5.2f}", flush=True)
+        for epsilon in arguments.epsilon:
+            bound(problem, epsilon)
     columns = list(dict.fromkeys(kind for _, kind in tables[0]))
     print("AUC, mean of the data seeds (smallest … largest)")
     for name in dict.fromkeys(name for name, _ in tables[0]):

@@ -1,6 +1,7 @@
 """What the transfer gate says of models whose kinship is known: `python benchmarks/ogs_transfer.py [--examples 200]`.
 
-A model is compared with itself less some of its middle layers, and with a model of its form whose weights were never trained.
+A model is compared with itself less some of its middle layers (not trained again), with itself at fewer bits a weight, and
+with a model of its form whose weights were never trained.
 Each line has ρ and its interval, the ρ of fresh weights in the navigator's place, and the interval of what it is better by.
 """
 
@@ -34,6 +35,24 @@ def pruned(folder: Path, out: Path, drop: int) -> Path:
     return saved(model, folder, out)
 
 
+GROUP = 32
+"""Weights that share a scale when they are quantised."""
+
+
+def quantised(folder: Path, out: Path, bits: int) -> Path:
+    """Saves the model with the weights of its decoder's linear layers rounded to `bits` bits, symmetric, by groups of a row."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    most = 2 ** (bits - 1) - 1
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            groups = module.weight.data.view(-1, GROUP)
+            scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-12) / most
+            groups.copy_((groups / scale).round() * scale)
+    return saved(model.to(torch.bfloat16), folder, out)
+
+
 def untrained(folder: Path, out: Path, layers: int) -> Path:
     """Saves a model of the same form with fresh weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,10 +74,13 @@ def saved(model: torch.nn.Module, folder: Path, out: Path) -> Path:
 
 
 def main() -> None:
+    from transformers import AutoConfig
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="*", default=[3, 10])
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4])
     parser.add_argument("--untrained-layers", type=int, default=0, help="of the model that was never trained; 0 is as many")
     parser.add_argument("--anchor", type=int, default=120, help="examples, half of each ability")
     parser.add_argument("--max-length", type=int, default=256)
@@ -68,6 +90,7 @@ def main() -> None:
     folder = find_model(arguments.model).folder
     assert folder is not None
     navigators = {f"{drop} layers fewer": pruned(folder, arguments.out / f"less-{drop}", drop) for drop in arguments.drop}
+    navigators |= {f"{bits} bits": quantised(folder, arguments.out / f"bits-{bits}", bits) for bits in arguments.bits}
     navigators["never trained"] = untrained(folder, arguments.out / "untrained", arguments.untrained_layers)
     anchor = arguments.out / "anchor.jsonl"
     general = sorted(demo_anchor(), key=lambda e: (e.category, e.id))
@@ -75,8 +98,11 @@ def main() -> None:
     anchor.write_bytes(b"".join(e.raw + b"\n" for e in general[::step][: arguments.anchor]))
     for name, path in navigators.items():
         out = arguments.out / f"{path.name}-out"
-        if (arguments.out / "model").exists() and not (out / "model").exists():
-            shutil.copytree(arguments.out / "model", out / "model")  # the model's own gradients are the same each time
+        layers = AutoConfig.from_pretrained(path).num_hidden_layers
+        shared = {"model": arguments.out / "model", "untrained": arguments.out / f"fresh-{layers}"}
+        for role, gradients in shared.items():  # those of the model, and of fresh weights of one form, are the same each time
+            if gradients.exists() and not (out / role).exists():
+                shutil.copytree(gradients, out / role)
         verdict = transfer(
             Transfer(
                 str(path),
@@ -90,8 +116,9 @@ def main() -> None:
                 dtype=arguments.dtype,
             )
         )
-        if not (arguments.out / "model").exists():
-            shutil.copytree(out / "model", arguments.out / "model")
+        for role, gradients in shared.items():
+            if not gradients.exists():
+                shutil.copytree(out / role, gradients)
         (low, high), (least, most) = verdict.interval, verdict.gain
         print(
             f"{name}: {verdict.rho:.3f} [{low:.3f}, {high:.3f}], fresh weights {verdict.untrained:.3f}, better by "
