@@ -170,6 +170,17 @@ def test_the_bound_can_be_a_share_of_the_mean_risk():
     assert select(problem, 2, bound_of="mean", bound=50.0).rows.tolist() == [2, 3]
 
 
+def test_overlap_counts_agreement_with_the_anchor_as_much_as_conflict():
+    cosine = [0.9, -0.9, 0.1, -0.2, 0.0]
+    problem = of([0.9, 0.8, 0.3, 0.2, 0.1], [0.0] * 5, dot__anchor=cosine)
+    overlap = select(problem, 2, against="plain", risk="overlap")
+    assert overlap.trace["risk"] == pytest.approx([abs(c) for c in cosine])
+    assert {0, 1}.isdisjoint(overlap.rows.tolist())  # with one of them the mean is above the bound, the median 0.2
+    assert sorted(select(problem, 2, against="plain").rows.tolist()) == [0, 2]  # agreement is free, conflict is not
+    both = of([0.5] * 3, [0.3, -0.7, 0.1], dot__anchor=[-0.2, 0.6, 0.4])
+    assert select(both, 1, against="both", risk="overlap").trace["risk"] == pytest.approx([0.3, 0.7, 0.4])
+
+
 def test_a_bound_that_does_not_bind_is_reported_with_its_cures():
     plain = of([0.9, 0.6, 0.5], [0.0, 0.0, 0.0], dot__anchor=[0.5, 0.1, -0.1])
     selection = select(plain, 2, against="plain")

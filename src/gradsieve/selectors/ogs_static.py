@@ -33,6 +33,7 @@ Utility = Literal["mean", "nearest", "hidden"]
 Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
+Risk = Literal["conflict", "overlap"]
 
 LARGEST_PENALTY = 1e6
 """Above this λ a difference in risk of one millionth outweighs any utility: the order is by risk first, utility second."""
@@ -44,9 +45,9 @@ class OGSStatic:
     """Picks examples whose gradient points to the target and does not push against general abilities.
 
     Utility a(z) = cos(g_z, g_target) (Eq. OGS-5). Risk is the largest max(0, -cos(g_z, r)) over the references r of the anchor
-    (Eq. OGS-3, OGS-10). With first-order gain and forgetting the constrained problem of OGS (2026, arXiv:2602.06359) has a
-    threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the mean risk of the chosen within
-    its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
+    (Eq. OGS-3, OGS-10), or the largest |cos(g_z, r)|. With first-order gain and forgetting the constrained problem of OGS (2026,
+    arXiv:2602.06359) has a threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the mean
+    risk of the chosen within its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
 
     If λ is 0 the anchor changed nothing, and a note says so; if even the least risky examples miss the bound they are chosen,
     and a note gives the mean risk they reach. Examples with a zero gradient have no direction; they get no score, are
@@ -59,6 +60,9 @@ class OGSStatic:
             "both"; "categories": the mean gradient of each category by itself, so that the worst conflict counts (Eq. OGS-4).
         normalize: How the mean of "plain" and "both" is taken: "none"; "example": of unit gradients, so that no long gradient
             rules; "category": of the categories' unit means, so that no large category does (Eq. OGS-1).
+        risk: "conflict": max(0, -cos), what raises the loss of the references to first order (Eq. OGS-3); "overlap": |cos|,
+            what moves the model there at all, for better or for worse (1 - Orth of Eq. OGS-2): the divergence from the
+            untouched model does not ask for the sign.
         utility: "mean": the exact cosine to the target's mean gradient; "nearest": the mean cosine to the `neighbours` targets
             nearest in direction, after the pool's mean direction was taken out of both sides; it sees topics that the mean
             of a mixed target averages away, and reads sketches; "hidden": the same of last hidden states in place of gradients,
@@ -83,6 +87,7 @@ class OGSStatic:
 
     against: Against = "contrast"
     normalize: Normalize = "none"
+    risk: Risk = "conflict"
     utility: Utility = "mean"
     neighbours: int = 5
     form: Form = "top"
@@ -105,6 +110,7 @@ class OGSStatic:
     def __post_init__(self) -> None:
         check_choice("against", self.against, Against)
         check_choice("normalize", self.normalize, Normalize)
+        check_choice("risk", self.risk, Risk)
         check_choice("utility", self.utility, Utility)
         check_choice("form", self.form, Form)
         check_choice("bound_of", self.bound_of, BoundOf)
@@ -174,7 +180,8 @@ class OGSStatic:
         if self.against in ("plain", "both"):
             conflicts.append(-anchor_cosine(problem, self.normalize))
             references = [*references, *_behind(pool, self.normalize)]
-        risk = torch.stack([conflict.clamp(min=0) for conflict in conflicts]).amax(0)
+        overlap = self.risk == "overlap"
+        risk = torch.stack([conflict.abs() if overlap else conflict.clamp(min=0) for conflict in conflicts]).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
             scores["utility"] = self._utility(problem, states or directions).where(~zero, torch.nan)
