@@ -45,9 +45,9 @@ class OGSStatic:
     """Picks examples whose gradient points to the target and does not push against general abilities.
 
     Utility a(z) = cos(g_z, g_target) (Eq. OGS-5). Risk is the largest max(0, -cos(g_z, r)) over the references r of the anchor
-    (Eq. OGS-3, OGS-10), or the largest |cos(g_z, r)|. With first-order gain and forgetting the constrained problem of OGS (2026,
-    arXiv:2602.06359) has a threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the mean
-    risk of the chosen within its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
+    (Eq. OGS-3, OGS-10), or the largest |cos(g_z, r)|. With first-order gain and forgetting the constrained problem of OGS
+    (2026, arXiv:2602.06359) has a threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the
+    mean risk of the chosen within its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
 
     If λ is 0 the anchor changed nothing, and a note says so; if even the least risky examples miss the bound they are chosen,
     and a note gives the mean risk they reach. Examples with a zero gradient have no direction; they get no score, are
