@@ -10,10 +10,10 @@ from markupsafe import Markup
 
 from gradsieve.atomic import write_atomically
 from gradsieve.compare.cells import plan_cells
-from gradsieve.compare.config import Config
+from gradsieve.compare.config import RANDOM, Config
 from gradsieve.compare.figures import figures
 from gradsieve.compare.records import read_finished, read_json
-from gradsieve.compare.summary import Summary, summarise
+from gradsieve.compare.summary import Pair, Standing, Summary, summarise
 from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, tally
 from gradsieve.report import wording
 from gradsieve.report.render import document, packaged
@@ -67,11 +67,13 @@ def render(summary: Summary, drawn: Mapping[str, str]) -> str:
 
 
 def headline(summary: Summary) -> str:
-    """Returns how many arms taught the target better than chance, which is what a comparison is made for."""
+    """Returns how many arms taught the target better than chance, or kept the rest better, which a comparison is made for."""
     judged = _judged(summary)
     if not judged:
         return "Nothing can be judged yet"
     wins = sum(verdict == "win" for verdict in judged.values())
+    if wins == 0 and (keeping := _keeping(summary)):
+        return f"No method taught more than random, {len(keeping)} of {len(judged)} choices forgot less"
     if wins == 0:
         return "No method beat random"
     return f"{wins} of {len(judged)} choices beat random"
@@ -89,6 +91,8 @@ def lead(summary: Summary) -> str:
         f"not told apart from it: {wording.joined(by['tie']) or 'none'}; worse: {wording.joined(by['loss']) or 'none'}."
     ]
     if summary.forgetting_metric:
+        kept = wording.joined(_keeping(summary)) or "none"
+        parts.append(f"In {summary.forgetting_metric} of the general tests better than random, and in gain not worse: {kept}.")
         front = [one.label for one in summary.standings if one.on_front]
         parts.append(f"On the front of gain and forgetting, beside the untouched model: {wording.joined(front) or 'none'}.")
     return " ".join(parts)
@@ -96,12 +100,27 @@ def lead(summary: Summary) -> str:
 
 def _judged(summary: Summary) -> dict[str, str]:
     """Returns the verdict against random on the target tests of every choice of every method."""
-    several = len(summary.views()) > 1
     return {
-        one.label + (f" ({one.view.replace('_', ' ')})" if several else ""): one.over_random.verdict
+        _name(summary, one): one.over_random.verdict
         for one in summary.standings
         if one.budget and one.over_random is not None and one.over_random.verdict != "unjudged"
     }
+
+
+def _name(summary: Summary, one: Standing) -> str:
+    return one.label + (f" ({one.view.replace('_', ' ')})" if len(summary.views()) > 1 else "")
+
+
+def _keeping(summary: Summary) -> list[str]:
+    """Returns the choices that forget less than random of the same budget and do not gain less."""
+    better = {(one.view, one.arm, one.other) for view in summary.views() for one in summary.better(view) if _forgets_less(one)}
+    random = {(one.view, one.budget): one.label for one in summary.standings if one.arm == RANDOM}
+    found = [one for one in summary.standings if (one.view, one.label, random.get((one.view, one.budget))) in better]
+    return [_name(summary, one) for one in found]
+
+
+def _forgets_less(pair: Pair) -> bool:
+    return pair.keeping is not None and pair.keeping.verdict == "win"
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
