@@ -40,7 +40,7 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
     assert [record["cell"] for record in read_results(finished.study)] == names
     made = {path.name for path in finished.study.iterdir()}
     assert made == {"cells", "selections", "stores", "results.jsonl", "comparison.json"} | {
-        "report.html", "summary.md", "effects.csv", "figures",
+        "report.html", "summary.md", "effects.csv", "pairs.csv", "figures",
     }  # fmt: skip
 
 
