@@ -593,3 +593,17 @@ def test_what_a_gated_layer_reads_is_not_kept_beside_its_factors(twin: Any, monk
     true = twin.naive(model, rows)
     for z in range(len(rows)):
         assert block.columns[f"max/{name}"][z].item() == pytest.approx(float(true.gradients[z][name].max()), rel=1e-9)
+
+
+def test_the_row_of_the_padding_token_gets_no_gradient_from_the_embedding(twin: Any) -> None:
+    model, rows = twin.model("llama", torch.float64), twin.rows((6, 5))
+    embedding = model.get_input_embeddings()
+    embedding.padding_idx = int(rows[0].ids[2])  # as models whose end of turn pads, too
+    with GradientEngine(model, EngineSettings("embedding", SketchPlan(256, seed=5))) as engine:
+        block = engine.block(twin.pad(rows))
+    ids, labels = rows[0].ids[None], rows[0].labels[None]
+    model.requires_grad_(True)
+    model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    assert embedding.weight.grad[embedding.padding_idx].count_nonzero() == 0
+    for name in ("norm", "norm/embedding"):
+        assert block.columns[name][0].item() == pytest.approx(embedding.weight.grad.norm().item(), rel=1e-6)

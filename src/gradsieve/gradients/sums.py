@@ -259,6 +259,9 @@ class Sums:
         tools, end = self.tools, self.tools.end(site)
         chosen = site if any(site is own for own in tools.sites) else None
         b, ids = b.to(tools.dtype), ids.expand(len(b), -1)
+        padding = getattr(site.owner, "padding_idx", None)
+        if padding is not None:  # autograd gives that token's row no gradient, wherever it stands
+            b = b.masked_fill((ids == padding)[..., None], 0)
         if chosen is not None and self.mean is not None:
             self.mean.tensors[tools.key(site)].index_add_(0, ids.flatten(), b.flatten(0, 1))
         if chosen is not None:
