@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from gradsieve.data import IGNORE, Tokens
+from gradsieve.data import IGNORE, Tokens, TokenSet
 from gradsieve.demo import demo_set
 from gradsieve.evaluate.likelihood import likelihood
-from gradsieve.extraction import TokenSet
 from gradsieve.models import find_model
 from gradsieve.navigation import make_navigator, split_anchor
 from gradsieve.selectors.ranking import spearman
@@ -106,9 +106,8 @@ def laboratory() -> Lab:
 
 def kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
     if not file.exists():
-        torch.save(make(), file)
-    loaded: Tensor = torch.load(file, mmap=True)
-    return loaded
+        save_file({"rows": make()}, file)
+    return load_file(file)["rows"]
 
 
 def drawn(G: Tensor) -> list[tuple[str, Tensor]]:
@@ -176,13 +175,15 @@ def main() -> None:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     lab = laboratory()
-    G = kept(out / "pool.pt", lambda: lab.mean_gradients(lab.pool))
+    G = kept(out / "pool.safetensors", lambda: lab.mean_gradients(lab.pool))
     torch.manual_seed(0)
     fishers = {
-        "empirical, reference half": kept(out / "reference.pt", lambda: lab.mean_gradients(lab.reference)),
-        "empirical, measured examples": kept(out / "measured.pt", lambda: lab.mean_gradients(lab.measured)),
-        "sampled labels, measured examples": kept(out / "sampled.pt", lambda: lab.sampled_gradients(lab.measured, 3)),
-        "sampled labels, reference half": kept(out / "sampled-ref.pt", lambda: lab.sampled_gradients(lab.reference, 2)),
+        "empirical, reference half": kept(out / "reference.safetensors", lambda: lab.mean_gradients(lab.reference)),
+        "empirical, measured examples": kept(out / "measured.safetensors", lambda: lab.mean_gradients(lab.measured)),
+        "sampled labels, measured examples": kept(out / "sampled.safetensors", lambda: lab.sampled_gradients(lab.measured, 3)),
+        "sampled labels, reference half": kept(
+            out / "sampled-ref.safetensors", lambda: lab.sampled_gradients(lab.reference, 2)
+        ),
     }
     plan, kl = drawn(G), []
     half: dict[tuple[str, str], list[float]] = {}
@@ -190,10 +191,10 @@ def main() -> None:
         file = out / f"run-{i}.json"
         if not file.exists():
             found, moved = lab.played(rows)
-            torch.save(moved, out / f"run-{i}.pt")
+            save_file({"rows": moved}, out / f"run-{i}.safetensors")
             file.write_text(json.dumps({"kind": kind, "rows": rows.tolist(), "kl": found}))
         kl.append(json.loads(file.read_text())["kl"])
-        for path, delta in displacements(G, rows, torch.load(out / f"run-{i}.pt")).items():
+        for path, delta in displacements(G, rows, load_file(out / f"run-{i}.safetensors")["rows"]).items():
             for fisher, F in fishers.items():
                 half.setdefault((path, fisher), []).append(0.5 * float((F @ delta).square().mean()))
         print(f"{kind:13} KL {kl[-1]:.4f}", flush=True)

@@ -88,11 +88,10 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert spent.keys() == {"references", "gradients of the pool"}
     for seed in (0, 1):
         assert spent["references"] < both[seed].gradient_seconds < sum(spent.values())
-    later = chosen([0], "later")[0].gradient_seconds
+    chosen([0], "later")
     assert chosen([0, 1], "later")[1].ids == both[1].ids  # a seed that came later finds its rows taken, in the same store
     (filled,) = (read_json(path) for path in (tmp_path / "later" / "stores").glob(f"*/{WHOLE}"))
     assert len(filled) == 2
-    assert later > 0
     twice = sum(one.gradient_seconds for one in both.values())
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 

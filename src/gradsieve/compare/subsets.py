@@ -185,8 +185,7 @@ def _gradients(study: Path, material: Material, arm: Arm, seed: int, progress: P
     """Takes the gradients that any arm like this reads, where they are not there yet; returns the seconds of this seed's."""
     store = _store(study, material, arm, seed)
     with _alone(store):
-        digests = [material.sides(one).digest for one in _together(material, arm, seed)]
-        if missing := _missing(store, digests):
+        if missing := _missing(store, material, _together(material, arm, seed)):
             stopwatch = _Stopwatch(store / "spent.json", progress)
             everything = _Everything(_shared_needs(material, arm), _warmup(selector(arm)))
             pools = _pools(material, arm, seed)
@@ -206,7 +205,8 @@ def _pools(material: Material, arm: Arm, seed: int) -> Sequence[Example]:
 
 def _together(material: Material, arm: Arm, seed: int) -> list[int]:
     """Returns the seeds whose different pools share a store with this seed's."""
-    alike = [other for other in material.config.seeds if _key(material, arm, other) == _key(material, arm, seed)]
+    key = _key(material, arm, seed)
+    alike = [other for other in material.config.seeds if _key(material, arm, other) == key]
     return list({material.sides(other).digest: other for other in reversed(alike)}.values())[::-1]
 
 
@@ -264,11 +264,9 @@ def _select(
 def open_stores(study: Path, material: Material) -> dict[Path, list[int]]:
     """Returns the stores that are still to be filled, each with the seeds whose different pools it is for."""
     arms = [arm for arm in material.config.arms if reads_store(arm)]
-    stores = {
-        _store(study, material, arm, seed): _together(material, arm, seed) for seed in material.config.seeds for arm in arms
-    }
-    digests = {store: [material.sides(seed).digest for seed in seeds] for store, seeds in stores.items()}
-    return {store: seeds for store, seeds in stores.items() if _missing(store, digests[store])}
+    stores = {_store(study, material, arm, seed): (arm, seed) for seed in material.config.seeds for arm in arms}
+    shared = {store: _together(material, *own) for store, own in stores.items()}
+    return {store: seeds for store, seeds in shared.items() if _missing(store, material, seeds)}
 
 
 def _filled(store: Path) -> list[str]:
@@ -276,9 +274,9 @@ def _filled(store: Path) -> list[str]:
     return list(read_json(store / WHOLE)) if (store / WHOLE).exists() else []
 
 
-def _missing(store: Path, digests: Sequence[str]) -> set[str]:
-    """Returns which of these data a store lacks gradients of: a seed may have come later."""
-    return set(digests) - set(_filled(store))
+def _missing(store: Path, material: Material, seeds: Sequence[int]) -> set[str]:
+    """Returns which data of these seeds a store lacks gradients of: a seed may have come later."""
+    return {material.sides(seed).digest for seed in seeds} - set(_filled(store))
 
 
 def _store(study: Path, material: Material, arm: Arm, seed: int) -> Path:
