@@ -96,6 +96,21 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 
 
+def test_what_repeats_between_pools_is_taken_for_both(content: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    (tmp_path / "pool-0.jsonl").write_text("\n".join(lines[:12]) + "\n")
+    (tmp_path / "pool-1.jsonl").write_text("\n".join(line.replace("Sure.", "Right.") for line in lines[:12]) + "\n")
+    content["gradients"] |= {"dedup": "near", "dedup_threshold": 0.3}
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"orth-only": None}, "budgets": ["2"]}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    comparison.chosen(Cell("orth-only", "2", 0, "equal_steps"))
+    ((store, whole),) = ((path.parent, read_json(path)) for path in (comparison.study / "stores").glob(f"*/{WHOLE}"))
+    assert len(whole) == 2
+    plans = sorted(store.glob("pool/plans/*"))
+    comparison.chosen(Cell("orth-only", "2", 1, "equal_steps"))
+    assert sorted(store.glob("pool/plans/*")) == plans  # nothing was missing
+
+
 def test_time_grows_with_what_is_trained_on(config: Config) -> None:
     config = dataclasses.replace(config, views=("equal_steps", "equal_repetition"))
     material = Comparison.of(config).material
