@@ -78,13 +78,11 @@ class Run:
     warmup_work: float = 0.0
     trained_weights: int = 0
     alone: torch.Tensor | None = None
-    may_miss: bool = False
 
     @classmethod
     def of(cls, job: Job, name: str, selector: Selector, out: Path | None, progress: Progress) -> Run:
         """Returns the run of a method."""
-        may_miss = getattr(selector, "missing", "refuse") != "refuse"
-        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None), may_miss=may_miss)
+        return cls(job, name, selector.needs, out, progress, getattr(selector, "warmup", None))
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
@@ -198,7 +196,8 @@ class Run:
 
     def _columns(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
         """The pool's columns that do not come with its gradients: numbers it has, matches of words, answers alone."""
-        columns = {need: self._numbers(tokens, need) for need in sorted(self.needs) if need.startswith("meta/")}
+        numbers = sorted(need for need in self.needs if need.startswith("meta/"))
+        columns = {need.removesuffix("?"): self._numbers(tokens, need) for need in numbers}
         if "bm25/target" in self.needs:
             target = self.sets["target"]
             with self.clock.stage("words"):
@@ -209,11 +208,11 @@ class Run:
         return columns
 
     def _numbers(self, tokens: TokenSet, need: str) -> torch.Tensor:
-        """A number that comes with the examples, `meta/FIELD`; NaN where it is missing and the method does without."""
-        field, values = need.removeprefix("meta/"), []
+        """A number that comes with the examples, `meta/FIELD`; of `meta/FIELD?` NaN where it is missing."""
+        field, may_miss, values = need.removeprefix("meta/").removesuffix("?"), need.endswith("?"), []
         for example in (tokens.examples[i] for i in tokens.kept):
             value = row_fields(example).get(field)
-            if value is None and self.may_miss:
+            if value is None and may_miss:
                 value = math.nan
             elif isinstance(value, bool) or not isinstance(value, int | float):
                 raise DataError(f"{example.origin}: field {field!r} must be a number for {self.name}, got {value!r}")

@@ -12,6 +12,7 @@ Columns of a `Gradients` (exact per-row scalars, float64 [n]); a selector names 
     bm25/target          how well the words match those of the targets, in [0, 1]
     tokens               length of the whole sequence after truncation: what training on the row costs
     completion_tokens    tokens that carry loss
+    meta/FIELD           a number that came with the row
     norm                 ‖g‖ over the chosen parameters
     norm/G max/G min/G mean/G sd/G
                          statistics of the gradient of parameter group G; G is `embedding` or `lm_head`
@@ -387,7 +388,7 @@ class Selector(Protocol):
     `needs` names what it reads, so that exactly that is extracted: columns (`norm`, `dot/target`, `max/lm_head`, …),
     `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `hidden`, `hidden/targets` (a representation
     of candidates and of targets), `navigator`. `dot/contrast/anchor:*` and `dot/anchor:*` stand for one column per category
-    of the anchor.
+    of the anchor, `meta/FIELD` for a number that each row of the pool has, `meta/FIELD?` for one that rows may lack (NaN).
 
     A method whose gradients are taken after a warm-up of the model has a property `warmup` besides, a `Warmup` or None.
     """

@@ -299,6 +299,17 @@ def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None
         )
 
 
+def test_a_number_may_be_missing_where_an_arm_does_without_it(content: dict[str, Any]) -> None:
+    pool = Path(content["pool"])
+    rows = [json.loads(line) for line in pool.read_text().splitlines()]
+    pool.write_text("".join(json.dumps(row | ({"stars": i} if i else {})) + "\n" for i, row in enumerate(rows)))
+    content["arms"] = {"starred": {"method": "metadata", "settings": {"column": "stars", "missing": "drop"}}}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    chosen = comparison.chosen(Cell("starred", "25%", 0, "equal_steps"))
+    assert chosen is not None
+    assert chosen.ids == tuple(f"pool-{i}" for i in range(23, 17, -1))
+
+
 def test_meteor_without_synonyms_is_kept_under_its_own_name(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

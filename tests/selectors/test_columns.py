@@ -70,6 +70,7 @@ def test_metadata_ranks_by_the_column_it_names():
     assert low.scores.tolist() == [-7, 0, -2]
     assert (low.trace["mean"], low.trace["pool_mean"]) == (1.0, 3.0)
     assert Metadata("stars").needs == {"meta/stars"}
+    assert Metadata("stars", missing="median").needs == {"meta/stars?"}
 
 
 def test_metadata_that_is_not_there_or_not_finite_is_refused():

@@ -63,8 +63,8 @@ class Metadata:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The column."""
-        return frozenset({f"meta/{self.column}"})
+        """The column, in which numbers may be missing unless that is refused."""
+        return frozenset({f"meta/{self.column}" + "?" * (self.missing != "refuse")})
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples by the column, which is the score (minus it for "low"). `rng` is not used.
@@ -72,8 +72,7 @@ class Metadata:
         The trace holds the mean of the chosen and of the pool, the values between which one may choose, and how many had none.
         """
         pool = problem.candidates
-        known = f"meta/{self.column}" in pool.columns and self.missing != "refuse"
-        require(problem, frozenset() if known else self.needs, "metadata", budget)
+        require(problem, self.needs, "metadata", budget)
         values, notes = self._filled(pool)
         low, high = (percentile(values, 100 * q) for q in (self.at_least, self.at_most))
         outside = (values < low) | (values > high)

@@ -38,7 +38,8 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
 
     Args:
         problem: What the method is about to read.
-        needs: As in `Selector.needs`; a name with `*` asks for at least one column that matches.
+        needs: As in `Selector.needs`; a name with `*` asks for at least one column that matches, one with `?` at its end for a
+            column whose values the method checks itself.
         method: The method's name, for the message.
         budget: If given and counted in tokens, the `tokens` column is needed too.
 
@@ -55,10 +56,11 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
     there |= dict.fromkeys(pool.representations, True)
     if problem.targets is not None and len(problem.targets.ids):
         there |= {f"{name}/targets": True for name in problem.targets.representations}
-    for need in sorted(asked):
+    unchecked = {need.removesuffix("?") for need in asked if need.endswith("?")}
+    for need in sorted({need.removesuffix("?") for need in asked}):
         if not there.get(need, False) and not (need not in there and matching(pool, need)):
             raise InvalidArgument(_missing(pool, need, method))
-        for name in matching(pool, need):
+        for name in sorted(set(matching(pool, need)) - unchecked):
             _check_column(pool, name)
     for part, name in ((problem.targets, "targets"), (problem.anchors, "anchors")):
         if name in asked and part is not None and part.dim != pool.dim:
