@@ -1,7 +1,7 @@
 import pytest
 
 from gradsieve.compare.config import Arm
-from gradsieve.compare.subsets import reads_store
+from gradsieve.compare.stores import reads_store
 from gradsieve.needs import asks_for, reads_set
 from gradsieve.selectors import SELECTORS
 

@@ -12,7 +12,7 @@ from gradsieve.compare.estimate import forecast
 from gradsieve.compare.records import read_json, write_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted, training_tokens
-from gradsieve.compare.subsets import WHOLE, open_stores
+from gradsieve.compare.stores import WHOLE, open_stores
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:

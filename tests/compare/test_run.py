@@ -21,7 +21,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.records import Finished, read_finished, read_items, read_json, read_results
 from gradsieve.compare.run import Comparison
-from gradsieve.compare.subsets import WHOLE, _store
+from gradsieve.compare.stores import WHOLE, store_of
 from gradsieve.compare.training import Job, full_steps, make_job, work
 from gradsieve.errors import InvalidArgument
 
@@ -238,7 +238,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, t
 def test_a_store_is_filled_by_one_process_at_a_time(config: Config, tmp_path: Path) -> None:
     comparison = Comparison.of(config)
     cell = Cell("less", "25%", 0, "equal_steps")
-    store = _store(comparison.study, comparison.material, config.arm("less"), 0)
+    store = store_of(comparison.study, comparison.material, config.arm("less"), 0)
     store.mkdir(parents=True)
     with open(store / ".claim", "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)  # as long as another is at it

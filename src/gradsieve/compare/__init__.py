@@ -3,7 +3,8 @@
 config        one YAML file → frozen dataclasses (typed: YAML values → field types)
 cells         which cells there are, each a unit that is run, kept and resumed by itself
 material      data read, checked for leaks (leaks), tokens, test sets
-subsets       what each arm chooses, from one store of gradients
+stores        gradients, taken once for all arms
+subsets       what each arm chooses, from them
 training      one cell's work: train, measure, let it answer
 records       the folder: what is kept of a cell, results.jsonl
 run           cell by cell

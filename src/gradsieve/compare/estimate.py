@@ -14,7 +14,8 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import FULL
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted
-from gradsieve.compare.subsets import Subset, open_stores
+from gradsieve.compare.stores import open_stores
+from gradsieve.compare.subsets import Subset
 from gradsieve.compare.training import keep, make_job, work
 
 STEPS = 2  # of training, that are timed

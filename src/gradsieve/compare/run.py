@@ -35,7 +35,8 @@ from gradsieve.compare.records import (
     write_results,
 )
 from gradsieve.compare.speed import Speed, predicted
-from gradsieve.compare.subsets import Subset, selector, subset
+from gradsieve.compare.stores import selector
+from gradsieve.compare.subsets import Subset, subset
 from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
 from gradsieve.data import write_lines
 from gradsieve.errors import InvalidArgument
