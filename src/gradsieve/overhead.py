@@ -39,8 +39,8 @@ class Overhead:
 
 
 def overhead(
-    gradient_tokens: int,
-    trained_tokens: float,
+    gradient_passes: float,
+    trained_tokens: int,
     measured_tokens: int,
     pool: Sequence[int],
     chosen: Sequence[int],
@@ -49,12 +49,12 @@ def overhead(
     """Returns the work of choosing.
 
     Args:
-        gradient_tokens: Tokens whose gradients were taken: of pool, references, target and anchor.
-        trained_tokens: Tokens that a warm-up or a Navigator was trained on.
+        gradient_passes: Of taking gradients: of pool, references, target and anchor, and of a warm-up before.
+        trained_tokens: Tokens that a Navigator was trained on.
         measured_tokens: Tokens that went through forward passes only.
         pool: Lengths of the usable pool in tokens.
         chosen: Lengths of the chosen examples.
         ratio: Weights of the scoring model over weights of the model that is to be trained.
     """
-    choosing = ratio * (gradient_tokens + trained_tokens + measured_tokens / 2)
+    choosing = ratio * (gradient_passes + trained_tokens + measured_tokens / 2)
     return Overhead(choosing, float(EPOCHS * sum(pool)), float(EPOCHS * sum(chosen)))

@@ -176,6 +176,25 @@ def select(
     return result
 
 
+def passes(method: Selector, job: Job, data: Mapping[str, Data]) -> Mapping[str, float]:
+    """Returns what a selection would compute of a model from nothing, without loading it.
+
+    Args:
+        method: Whose needs count.
+        job: How gradients are taken, with which model.
+        data: `pool`, and where there are any `target` and `anchor`.
+
+    Returns:
+        Token passes (`gradsieve.overhead`) by what they are of: `pool`, `target`, `anchor`, `references`, `warm-up`,
+        `pool alone`; of each what there is, at all checkpoints of a warm-up together.
+
+    Raises:
+        GradsieveError: Whatever the user can mend.
+    """
+    name, selector = find_method(method)
+    return Run.of(job, name, selector, None, silent).work(data, job.model, None)
+
+
 @dataclass(frozen=True, eq=False)
 class Extraction:
     """What `extract` has done.

@@ -84,6 +84,13 @@ def token_sets(source: Source) -> tuple[TokenSet, ...]:
     return (source.examples,) if isinstance(source, UnitMean) else (source.right, source.wrong)
 
 
+def gradient_tokens(sources: Mapping[str, Source]) -> int:
+    """Returns how many tokens go through the model to measure references: of each set once, where rows are normalised twice."""
+    once = {side.digest(): sum(side.lengths) for source in sources.values() for side in token_sets(source)}
+    again = [sum(source.examples.lengths) for source in sources.values() if isinstance(source, UnitMean)]
+    return sum(once.values()) + sum(again)
+
+
 def digest_of(source: Source) -> str:
     """Returns a hash of what a reference is made of."""
     if isinstance(source, TokenSet):
@@ -109,11 +116,9 @@ def measure_references(
         progress: Is told how far it is.
         say: Is told of batches that did not fit in memory.
     """
-    sides = [side for source in sources.values() for side in token_sets(source)]
-    uses = Counter(side.digest() for side in sides)
+    uses = Counter(side.digest() for source in sources.values() for side in token_sets(source))
     paired = {side.digest() for source in sources.values() if isinstance(source, Contrast) for side in token_sets(source)}
-    total = sum(sum(side.lengths) for side in {side.digest(): side for side in sides}.values())
-    total += sum(sum(source.examples.lengths) for source in sources.values() if isinstance(source, UnitMean))
+    total = gradient_tokens(sources)
     wide = compute.form == "wide sketch"
     settings = wide_settings(compute.engine) if wide else plain(compute.engine)
     begun, trim = 0, Trimmer()

@@ -42,17 +42,17 @@ from gradsieve.references import (
     Source,
     UnitMean,
     contrast,
+    gradient_tokens,
     measure_references,
     read_facts,
     read_halves,
-    token_sets,
     write_facts,
 )
 from gradsieve.selectors.ranking import split_half
 from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
-from gradsieve.warmup import Stop, require_training, stops_of
+from gradsieve.warmup import Stop, part_of, require_training, stops_of, training_passes
 
 DEFAULT_BATCH = 1024  # tokens
 
@@ -74,8 +74,7 @@ class Run:
     inputs: Inputs = field(default_factory=Inputs)
     held_out: TokenSet | None = None
     navigator: LoRANavigator | None = None
-    gradient_tokens: int = 0
-    warmup_work: float = 0.0
+    passes: Mapping[str, float] = field(default_factory=dict)  # see `_passes`
     trained_weights: int = 0
     alone: torch.Tensor | None = None
 
@@ -86,6 +85,20 @@ class Run:
 
     def problem(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> Problem:
         """Reads, extracts what is missing, and returns what a method may look at."""
+        template = self._prepare(data, model, tokenizer)
+        if not any(reads_model(need) for need in self.needs):
+            return self._without_model()
+        return self._gradients(self.source, self.compute, template)
+
+    def work(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> dict[str, float]:
+        """Returns what `problem` would compute from nothing, in token passes (`gradsieve.overhead`); no model is loaded."""
+        template = self._prepare(data, model, tokenizer)
+        if not any(reads_model(need) for need in self.needs):
+            return {}
+        return self._passes(self._reference_sources(self.source, self.compute, template))
+
+    def _prepare(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> str | None:
+        """Reads and checks everything but the model's weights; returns the chat template that replaces the model's own."""
         job, budget = self.job, Budget.parse(self.job.budget)
         check_dedup(job.dedup, job.dedup_threshold)
         with self.clock.stage("reading"):
@@ -125,7 +138,7 @@ class Run:
             hidden=not gradients or "hidden" in self.needs,
             gradients=gradients,
         )
-        self.compute = compute = ComputeSettings(
+        self.compute = ComputeSettings(
             engine,
             dtype,
             device,
@@ -136,25 +149,23 @@ class Run:
             job.reference_memory,
         )
         self.job = dataclasses.replace(job, dtype=dtype_name(dtype), device=device)
-        if not any(reads_model(need) for need in self.needs):
-            return self._without_model(device)
-        return self._gradients(source, compute, template)
+        return template
 
     def overhead(self, candidates: Gradients, selection: Selection) -> Overhead | None:
         """Returns what choosing cost beside training; None where no gradient was taken."""
-        if not self.gradient_tokens:
+        if not self.passes or not self.compute.engine.gradients:
             return None
         tokens = candidates.columns["tokens"]
-        trained = self.warmup_work + (self.navigator.trained_tokens if self.navigator is not None else 0)
+        trained = self.navigator.trained_tokens if self.navigator is not None else 0
         measured = 0
         if self.navigator is not None and self.held_out is not None:
-            passes = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
-            measured = self.navigator.measured * passes
+            each = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
+            measured = self.navigator.measured * each
         ratio = 1.0
         if self.job.navigator and self.trained_weights:
             ratio = weight_count(self.job.navigator) / self.trained_weights
         return overhead(
-            self.gradient_tokens, trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
+            sum(self.passes.values()), trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
         )
 
     def _drop_duplicates(self) -> None:
@@ -219,7 +230,7 @@ class Run:
             values.append(float(value))
         return torch.tensor(values, dtype=torch.float64)
 
-    def _without_model(self, device: str) -> Problem:
+    def _without_model(self) -> Problem:
         """What a method may look at that needs no pass of the model."""
         encoders = {need for need in self.needs if need.startswith("embedding:")}
         views = {}
@@ -228,13 +239,13 @@ class Run:
             own = {need.removesuffix(mark) for need in encoders if need.endswith("/targets") == bool(mark)}
             if role == "pool" or own:
                 tokens = self.sets[role]
-                extra = {name: self._embedded(tokens, name.removeprefix("embedding:"), device) for name in sorted(own)}
+                extra = {name: self._embedded(tokens, name.removeprefix("embedding:")) for name in sorted(own)}
                 views[role] = _without_gradients(tokens, self._columns(tokens) if role == "pool" else {}, extra)
         return Problem(views["pool"], views.get("target"))
 
-    def _embedded(self, tokens: TokenSet, encoder: str, device: str) -> torch.Tensor:
+    def _embedded(self, tokens: TokenSet, encoder: str) -> torch.Tensor:
         with self.clock.stage(f"embeddings of the {tokens.name}"):
-            return embeddings([tokens.examples[i] for i in tokens.kept], encoder, device)
+            return embeddings([tokens.examples[i] for i in tokens.kept], encoder, self.compute.device)
 
     def _find_model(self, model: Any, tokenizer: Any) -> ModelSource:
         if isinstance(model, str) and not model:
@@ -260,6 +271,7 @@ class Run:
 
     def _gradients(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> Problem:
         self.references = references = self._reference_sources(source, compute, template)
+        self.passes = self._passes(references)
         self.compute = compute = with_form(source, compute, len(references))
         root = self._store_folder(manifest(source, compute, references).fingerprint)
         stops, rates = [Stop("base", source, root, compute)], dict[str, float]()
@@ -276,7 +288,7 @@ class Run:
                 self.progress,
                 self.notes.append,
             )
-            stops, rates, self.warmup_work = warmed.stops, warmed.rates, warmed.work
+            stops, rates = warmed.stops, warmed.rates
             self.notes.append(warmed.note)
             stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
         if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
@@ -295,14 +307,25 @@ class Run:
             for name, rho in split_half(views["pool"], known).items():
                 shown[name] = dataclasses.replace(shown[name], split_half=rho)
         groups = self._target_groups()
-        behind = {part.digest(): sum(part.lengths) for source_set in references.values() for part in token_sets(source_set)}
-        each = sum(sum(self.sets[role].lengths) for role in self._roles()) + sum(behind.values())
-        self.gradient_tokens = len(stops) * each if compute.engine.gradients else 0
         if "navigator" in self.needs:
             self.navigator = self._make_navigator(source.load(compute.dtype, compute.device), views["pool"])
         return Problem(
             views["pool"], views.get("target"), views.get("anchor"), shown, self.navigator, rates=rates, groups=groups
         )
+
+    def _passes(self, references: Mapping[str, Source]) -> dict[str, float]:
+        """What the stores are to hold, in token passes (`gradsieve.overhead`): by set, of `references` and of the `warm-up`."""
+        tokens = {role: sum(self.sets[role].lengths) for role in self._roles()} | {"references": gradient_tokens(references)}
+        times = 1.0 if self.compute.engine.gradients else 0.5
+        found: dict[str, float] = {}
+        if self.warmup is not None:
+            part = part_of(self.sets["pool"], self.warmup.share, self.job.seed)
+            found["warm-up"] = training_passes(self.warmup, sum(part.lengths))
+            times *= self.warmup.stops
+        found |= {name: times * count for name, count in tokens.items()}
+        if "loss/alone" in self.needs:
+            found["pool alone"] = sum(self.sets["pool"].alone().lengths) / 2
+        return found
 
     def _answers_alone(self, source: ModelSource, compute: ComputeSettings, root: Path) -> torch.Tensor:
         """The loss of every answer without its question, float64 [n], from a forward pass with a folder of its own."""

@@ -380,6 +380,11 @@ class Warmup:
                 f"got share {self.share:g} and {self.candidates}"
             )
 
+    @property
+    def stops(self) -> int:
+        """At how many sets of weights gradients are taken."""
+        return self.epochs if self.checkpoints == "all" else 1
+
 
 @runtime_checkable
 class Selector(Protocol):

@@ -163,6 +163,11 @@ def part_of(pool: TokenSet, share: float, seed: int) -> TokenSet:
     return pool.restricted(pool.name, [by_id[place] for place in drawn.sort().values.tolist()])
 
 
+def training_passes(warmup: Warmup, tokens: int) -> float:
+    """Returns the work of a warm-up on examples of so many tokens, in token passes (`gradsieve.overhead`)."""
+    return warmup.epochs * tokens * (FULL_WORK if warmup.tuning == "full" else 1.0)
+
+
 def folder_of(
     root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe: Recipe, compute: ComputeSettings, online: bool = False
 ) -> Path:
@@ -315,13 +320,11 @@ class Warmed:
         stops: The checkpoints at which gradients are taken.
         rates: Their learning rates by name.
         note: What the user must know of it.
-        work: Token passes that training it took, see `gradsieve.overhead`.
     """
 
     stops: list[Stop]
     rates: dict[str, float]
     note: str
-    work: float
 
 
 def stops_of(
@@ -345,7 +348,6 @@ def stops_of(
     recorded = Stop("online", replace(source, weights=weights), folder / "online", compute)
     recorder = recorder_of(recorded, part, recipe, say) if online else None
     done = warm_up(warmup, source, tokens, len(pool.kept), recipe, compute, folder, clock, progress, recorder)
-    work = warmup.epochs * sum(part.lengths) * (FULL_WORK if warmup.tuning == "full" else 1.0)
     if recorder is not None:
         if missing := recorder.missing():
             raise DataError(
@@ -354,7 +356,7 @@ def stops_of(
             )
         end = done.checkpoints[-1]
         model = replace(source_at(folder / end.folder, end, source, warmup), weights=weights)
-        return Warmed([replace(recorded, source=model)], {recorded.name: end.rate}, done.note(warmup), work)
+        return Warmed([replace(recorded, source=model)], {recorded.name: end.rate}, done.note(warmup))
     stops = []
     wanted = done.checkpoints if warmup.checkpoints == "all" else done.checkpoints[-1:]
     for checkpoint in wanted:
@@ -364,7 +366,7 @@ def stops_of(
         stops.append(
             Stop(checkpoint.name, source_at(own, checkpoint, source, warmup), place, compute, warmup.candidates, moments)
         )
-    return Warmed(stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup), work)
+    return Warmed(stops, {checkpoint.name: checkpoint.rate for checkpoint in wanted}, done.note(warmup))
 
 
 def recorder_of(stop: Stop, part: TokenSet, recipe: Recipe, say: Say) -> Recorder:

@@ -12,7 +12,7 @@ from gradsieve.compare.estimate import forecast
 from gradsieve.compare.records import read_json, write_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted, training_tokens
-from gradsieve.compare.stores import WHOLE, open_stores
+from gradsieve.compare.stores import WHOLE, open_stores, passes_left
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:
@@ -66,6 +66,50 @@ def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
     assert sorted(open_stores(comparison.study, comparison.material).values()) == [[0], [1]]
 
 
+class Counter:
+    """Counts the tokens of all stages that come to their end: gradients and training in full, a forward pass half."""
+
+    def __init__(self) -> None:
+        self.passes: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if done == total:
+            self.passes[stage] = self.passes.get(stage, 0.0) + total * (0.5 if "forward" in stage else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arms", "stages"),
+    [
+        ({"orth-only": {"settings": {"normalize": "example"}}, "ogs-static": None, "pgm": None},
+         {"references", "gradients of the target"}),
+        ({name: {"settings": {"warmup_share": 0.4, "warmup_epochs": 2}} for name in ("less", "g2is")},
+         {"warm-up", "gradients of the target"}),
+        ({"grads": {"settings": {"probe_epochs": 1, "online": True}}}, {"warm-up"}),
+        ({"rds": None, "ifd": None}, {"forward pass of the target", "forward pass of the pool's answers alone"}),
+    ],
+)  # fmt: skip
+def test_what_is_to_come_is_what_the_cells_compute(
+    arms: dict[str, Any], stages: set[str], content: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    for seed in (0, 1):
+        (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[8 * seed : 8 * seed + 14]) + "\n")
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": arms}
+    for seeds in ([0],) if "warm-up" in stages else ([0], [0, 1]):  # the second time the first's rows are there
+        comparison = Comparison.of(parse_config(content | {"seeds": seeds}, "x.yaml"))
+        expected, counter = passes_left(comparison.study, comparison.material), Counter()
+        for cell in comparison.cells:
+            if cell.arm in arms:
+                comparison.chosen(cell, counter)
+        if seeds == [0]:
+            assert stages <= counter.passes.keys()
+        recorded = 0 if "grads" not in arms else sum(comparison.material.trainable(seeds[-1]).pool.lengths)  # while it trains
+        assert expected == pytest.approx(
+            sum(counter.passes.values()) + recorded, rel=5e-3
+        )  # answers alone by the tokens of all
+        assert passes_left(comparison.study, comparison.material) == 0
+
+
 def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, Any], tmp_path: Path) -> None:
     lines = Path(content["pool"]).read_text().splitlines()
     for seed in (0, 1):
@@ -92,6 +136,11 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert chosen([0, 1], "later")[1].ids == both[1].ids  # a seed that came later finds its rows taken, in the same store
     (filled,) = (read_json(path) for path in (tmp_path / "later" / "stores").glob(f"*/{WHOLE}"))
     assert len(filled) == 2
+    (refilled,) = (read_json(path)["seconds"] for path in (tmp_path / "later" / "stores").glob("*/spent.json"))
+    assert refilled.keys() == {"references", "gradients of the pool", "references again"}
+    later = Comparison.of(parse_config(content | {"out": str(tmp_path / "later")}, "x.yaml")).chosen(cells[1])
+    assert later is not None
+    assert refilled["references"] < later.gradient_seconds < refilled["references"] + refilled["gradients of the pool"]
     twice = sum(one.gradient_seconds for one in both.values())
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 

@@ -14,7 +14,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import FULL
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted
-from gradsieve.compare.stores import open_stores
+from gradsieve.compare.stores import passes_left
 from gradsieve.compare.subsets import Subset
 from gradsieve.compare.training import keep, make_job, work
 
@@ -27,7 +27,7 @@ class Forecast:
 
     Attributes:
         cells: Every cell, whether it is finished, and its seconds.
-        gradients: Seconds of the pools' gradients that are not there yet; those of references and warm-ups come on top.
+        gradients: Seconds of all gradients that are not there yet, of warm-ups before them too.
         measured_in: Seconds that the measurement took.
     """
 
@@ -44,8 +44,8 @@ class Forecast:
 def forecast(comparison: Comparison) -> Forecast:
     """Measures two training steps and an evaluation of a few items, and returns what follows for every cell.
 
-    Nothing is written to the comparison's folder. What finished cells took counts in place of the measurement. A gradient is
-    taken to cost what training on as many tokens once does.
+    Nothing is written to the comparison's folder. What finished cells took counts in place of the measurement. A token pass
+    for gradients (`gradsieve.overhead`) is taken to cost what training on a token does.
     """
     started = time.perf_counter()
     done = {one.cell: one.record for one in comparison.finished()}
@@ -53,8 +53,7 @@ def forecast(comparison: Comparison) -> Forecast:
     speed = known if known.train > 0 else _measured(comparison)
     material, config = comparison.material, comparison.config
     cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in comparison.cells]
-    stores = open_stores(comparison.study, material).values()
-    gradients = speed.train * sum(sum(material.trainable(seed).pool.lengths) for seeds in stores for seed in seeds)
+    gradients = speed.train * passes_left(comparison.study, material)
     return Forecast(cells, gradients, time.perf_counter() - started)
 
 

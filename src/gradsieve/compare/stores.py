@@ -4,7 +4,7 @@ The pools of all seeds are taken in one go where their references are the same, 
 trains the model on the pool first has a store per seed. What that cost is written beside it while it goes, so that a kill loses
 seconds of the record, not the record:
 
-    STORE/spent.json   seconds by stage
+    STORE/spent.json   seconds by stage; `references again` where seeds came after the store was filled
     STORE/whole.json   digests of the data whose gradients are all there
 """
 
@@ -14,7 +14,7 @@ import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +27,20 @@ from gradsieve.clock import Progress
 from gradsieve.compare.config import Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
+from gradsieve.job import Job
 from gradsieve.needs import reads_model
-from gradsieve.pipeline import Result, find_method, select
+from gradsieve.pipeline import Result, find_method, passes, select
 from gradsieve.types import Budget, Example, Problem, Selection, Selector
 
 WHOLE = "whole.json"
+AGAIN = " again"
+_OF_POOL = "of the pool"  # in the names of the stages that every pool has its own part of
 _WRITE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class _Everything:
-    """Chooses nothing of interest; what it needs is what all arms with this warm-up need together."""
+    """Chooses nothing of interest; what it needs is what all arms that share a store need together."""
 
     needs: frozenset[str]
     warmup: Any
@@ -74,10 +77,9 @@ def fill(study: Path, material: Material, arm: Arm, seed: int, progress: Progres
     store = store_of(study, material, arm, seed)
     with _alone(store):
         if missing := _missing(store, material, _together(material, arm, seed)):
-            stopwatch = _Stopwatch(store / "spent.json", progress)
-            everything = _Everything(_shared_needs(material, arm), warmup_of(selector(arm)))
+            stopwatch = _Stopwatch(store / "spent.json", progress, again=bool(_filled(store)))
             pools = _pools(material, arm, seed)
-            ask(store, material, everything, "1", seed, stopwatch.progress, pool=pools)
+            ask(store, material, _everything(material, arm), "1", seed, stopwatch.progress, pool=pools)
             stopwatch.write()
             write_json(store / WHOLE, sorted({*_filled(store), *missing}))
     return _seconds_of(read_json(store / "spent.json")["seconds"], material, arm, seed)
@@ -99,11 +101,17 @@ def _together(material: Material, arm: Arm, seed: int) -> list[int]:
 
 
 def _seconds_of(spent: Mapping[str, float], material: Material, arm: Arm, seed: int) -> float:
-    """Returns what of a store's seconds one seed alone would have taken: everything, but of the pools its own tokens."""
-    pools = {one: material.trainable(one).pool for one in {*_together(material, arm, seed), seed}}
-    tokens = {key: length for pool in pools.values() for key, length in zip(pool.keys, pool.lengths, strict=True)}
-    share = sum(tokens[key] for key in set(pools[seed].keys)) / sum(tokens.values())
-    return sum(seconds * (share if stage.endswith("of the pool") else 1.0) for stage, seconds in spent.items())
+    """Returns what of a store's seconds one seed alone would have taken: everything once, but of the pools its own tokens."""
+    own = _tokens(material, [seed])
+    share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed))).values())
+    once = {stage: seconds for stage, seconds in spent.items() if not stage.endswith(AGAIN)}
+    return sum(seconds * (share if _OF_POOL in stage else 1.0) for stage, seconds in once.items())
+
+
+def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:
+    """Returns the length of every row that a store has of these seeds' pools, by its key: of equal examples there is one."""
+    pools = [material.trainable(seed).pool for seed in seeds]
+    return {key: length for pool in pools for key, length in zip(pool.keys, pool.lengths, strict=True)}
 
 
 @contextmanager
@@ -113,6 +121,10 @@ def _alone(folder: Path) -> Iterator[None]:
     with open(folder / ".claim", "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _everything(material: Material, arm: Arm) -> _Everything:
+    return _Everything(_shared_needs(material, arm), warmup_of(selector(arm)))
 
 
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
@@ -132,29 +144,59 @@ def ask(
     pool: Sequence[Example] | None = None,
 ) -> Result:
     """Asks a method for its choice from the seed's pool, or from `pool`, all of which is then taken as it is."""
-    sides, config = material.sides(seed), material.config
-    settings = config.gradients if pool is None else {**config.gradients, "dedup": "off"}
-    shared = {name: getattr(config, name) for name in ("max_length", "dtype", "device", "chat_template", "trust_remote_code")}
-    return select(
-        method,
-        model=config.model,
-        pool=sides.pool if pool is None else pool,
-        target=sides.target,
-        anchor=sides.anchor,
-        budget=budget,
-        store=str(store),
-        progress=progress,
-        **shared,
-        **settings,
-    )
+    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off"})
+    data = _data(material, seed) | ({} if pool is None else {"pool": pool})
+    return select(method, **data, budget=budget, store=str(store), progress=progress, **settings)
 
 
-def open_stores(study: Path, material: Material) -> dict[Path, list[int]]:
-    """Returns the stores that are still to be filled, each with the seeds whose different pools it is for."""
-    arms = [arm for arm in material.config.arms if reads_store(arm)]
-    stores = {store_of(study, material, arm, seed): (arm, seed) for seed in material.config.seeds for arm in arms}
-    shared = {store: _together(material, *own) for store, own in stores.items()}
-    return {store: seeds for store, seeds in shared.items() if _missing(store, material, seeds)}
+def _job_settings(material: Material) -> dict[str, Any]:
+    config = material.config
+    names = ("model", "max_length", "dtype", "device", "chat_template", "trust_remote_code")
+    return {**{name: getattr(config, name) for name in names}, **config.gradients}
+
+
+def _data(material: Material, seed: int) -> dict[str, Any]:
+    sides = material.sides(seed)
+    return {"pool": sides.pool, "target": sides.target, "anchor": sides.anchor}
+
+
+def open_stores(study: Path, material: Material, arms: Collection[str] | None = None) -> dict[Path, list[int]]:
+    """Returns the stores that are still to be filled, each with the seeds whose different pools it is for.
+
+    Args:
+        study: Folder of the comparison.
+        material: What it works on.
+        arms: Names of those that read them; all by default.
+    """
+    return {store: _together(material, *reader) for store, reader in _open(study, material, arms).items()}
+
+
+def passes_left(study: Path, material: Material, arms: Collection[str] | None = None) -> float:
+    """Returns the work of filling the open stores in token passes (`gradsieve.overhead`), warm-ups and references included.
+
+    A store that was left while it was filled counts as an empty one. Arguments as for `open_stores`.
+    """
+    return sum(_passes_left(store, material, *reader) for store, reader in _open(study, material, arms).items())
+
+
+def _open(study: Path, material: Material, arms: Collection[str] | None) -> dict[Path, tuple[Arm, int]]:
+    """Returns the stores that are still to be filled, each with an arm and a seed that read it."""
+    readers = [arm for arm in material.config.arms if reads_store(arm) and (arms is None or arm.name in arms)]
+    stores = {store_of(study, material, arm, seed): (arm, seed) for seed in material.config.seeds for arm in readers}
+    return {store: own for store, own in stores.items() if _missing(store, material, _together(material, *own))}
+
+
+def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
+    """What the job of one seed computes, with the rows of all seeds' pools in place of its own, and without what is there."""
+    work = passes(_everything(material, arm), Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
+    filled = _filled(store)
+    there = _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
+    wanted = _tokens(material, _together(material, arm, seed))
+    missing = sum(length for key, length in wanted.items() if key not in there)
+    if filled:
+        work = {name: work[name] for name in ("pool", "pool alone", "references") if name in work and missing}
+    share = missing / sum(material.trainable(seed).pool.lengths)
+    return sum(count * (share if name.startswith("pool") else 1.0) for name, count in work.items())
 
 
 def _filled(store: Path) -> list[str]:
@@ -181,11 +223,15 @@ def _key(material: Material, arm: Arm, seed: int) -> str:
 
 
 class _Stopwatch:
-    """Adds the seconds of each stage of long work to a file while it goes on, so that a killed run's count too."""
+    """Adds the seconds of each stage of long work to a file while it goes on, so that a killed run's count too.
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    Where a store is filled `again`, for seeds that came later, what is not of their pools was taken before and counts apart.
+    """
+
+    def __init__(self, path: Path, progress: Progress, *, again: bool) -> None:
         self._path = path
         self._progress = progress
+        self._again = again
         self._seconds: dict[str, float] = dict(read_json(path)["seconds"]) if path.exists() else {}
         self._stage = "begin"
         self._counted = self._written = time.perf_counter()
@@ -193,7 +239,7 @@ class _Stopwatch:
     def progress(self, stage: str, done: int, total: int) -> None:
         """Passes on how far a stage is, and writes every few seconds."""
         self._progress(stage, done, total)
-        self._stage = stage
+        self._stage = stage + AGAIN if self._again and _OF_POOL not in stage else stage
         self._count()
         if self._counted - self._written > _WRITE_EVERY_S:
             self.write()
