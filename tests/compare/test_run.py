@@ -299,6 +299,15 @@ def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None
         )
 
 
+def test_a_method_that_holds_out_half_of_the_anchor_has_a_store_of_its_own(content: dict[str, Any]) -> None:
+    live = {"fidelity": "navigator", "clusters": 3, "updates": 1, "episodes": 2, "batch": 2, "measurements": 1}
+    content["arms"] = {"ogs": {"settings": live}, "orth-only": None}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    chosen = [comparison.chosen(Cell(arm, "25%", 0, "equal_steps")) for arm in ("ogs", "orth-only")]
+    assert all(one is not None and len(one.ids) == 6 for one in chosen)
+    assert len(list((comparison.study / "stores").iterdir())) == 2
+
+
 def test_a_number_may_be_missing_where_an_arm_does_without_it(content: dict[str, Any]) -> None:
     pool = Path(content["pool"])
     rows = [json.loads(line) for line in pool.read_text().splitlines()]

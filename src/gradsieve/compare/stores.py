@@ -128,10 +128,15 @@ def _everything(material: Material, arm: Arm) -> _Everything:
 
 
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
-    """Returns what all arms with the arm's warm-up read."""
-    warmup = warmup_of(selector(arm))
-    others = [other for other in material.config.arms if reads_store(other) and warmup_of(selector(other)) == warmup]
+    """Returns what all arms read whose gradients can be the arm's: at the same weights, with as much of the anchor."""
+    others = [other for other in material.config.arms if reads_store(other) and _kind(other) == _kind(arm)]
     return frozenset(need for other in others for need in selector(other).needs)
+
+
+def _kind(arm: Arm) -> tuple[Any, bool]:
+    """Returns how the model is trained before, and whether half of the anchor is held out, as for a Navigator."""
+    method = selector(arm)
+    return warmup_of(method), "navigator" in method.needs
 
 
 def ask(
