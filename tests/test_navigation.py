@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 
+from gradsieve.clock import silent
 from gradsieve.data import TokenSet, read_examples
 from gradsieve.errors import InvalidArgument
+from gradsieve.job import Job
 from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.run import Run
+from gradsieve.selectors.ogs import OGS
 from gradsieve.train.navigator import NavigatorSettings
+from gradsieve.types import Budget
 
 Write = Callable[..., Path]
 
@@ -70,3 +76,29 @@ def test_each_cost_is_what_it_says(tokenized, tiny_model):
             navigator.step(torch.arange(4))
         assert navigator.losses("loss")[0] < domain
         assert navigator.losses("kl")[1] > 1e-4
+
+
+def test_gymnasium_accepts_the_environment_of_real_optimizer_steps(write_data: Write, tiny_model: Path) -> None:
+    job = Job(model=str(tiny_model), budget="9", dim=256, dtype="float32", navigator_rate=1e-2, navigator_warmup=1)
+    method = OGS(clusters=3, batch=4, fidelity="navigator")
+    run = Run.of(job, "ogs", method, None, silent)
+    data = {"pool": write_data("pool", 20), "target": write_data("target", 5), "anchor": write_data("anchor", 6)}
+    problem = run.problem(data, str(tiny_model), None)
+    assert run.navigator is not None
+    with run.navigator as navigator:
+        env = method.environment(problem, Budget.parse("9"), torch.Generator().manual_seed(0))
+        check_env(env, skip_render_check=True)
+        env.reset()
+        before, trained = navigator.losses("kl"), navigator.trained_tokens
+        supply = [iter(rows.split(4)) for rows in env.simulator.draws.rows]
+        totals, rows = [], []
+        for _ in range(3):
+            action = env.action_masks().argmax()
+            rows += next(supply[action]).tolist()
+            totals.append(env.step(action)[1:5])
+        assert totals[2][1]
+        after = navigator.losses("kl")
+        assert sum(total[0] for total in totals) == pytest.approx((before[0] - after[0]) / before[0])
+        assert sum(total[3]["cost"] for total in totals) == pytest.approx(after[1] - before[1])
+        assert after[1] > 1e-5
+        assert navigator.trained_tokens - trained == sum(run.sets["pool"].lengths[row] for row in rows[:9])

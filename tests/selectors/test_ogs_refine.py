@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors import ogs as module
 from gradsieve.selectors.ogs import OGS
 from gradsieve.selectors.ogs_account import navigator_notes
+from gradsieve.selectors.ogs_environment import OGSEnvironment
 from gradsieve.selectors.ogs_refine import Episode, Scales, drive, fit, parts, scaled
 from gradsieve.selectors.ogs_simulator import advance, begin, outlook, total
 from gradsieve.types import ArrayGradients, Budget, Cost, Problem
@@ -191,3 +194,63 @@ def test_without_a_live_model_it_says_so(make_problem):
     with pytest.raises(InvalidArgument, match="ogs needs a live model"):
         OGS(fidelity="navigator").select(problem, Budget.parse("6"), torch.Generator())
     assert isinstance(problem.candidates, ArrayGradients)
+
+
+def live_environment(problem: Problem, truth: Scales, budget: str, **settings: Any) -> tuple[OGSEnvironment, World]:
+    method = OGS(**QUICK | {"constraint": "loss"} | settings)
+    world = World(method, problem, Budget.parse(budget), truth)
+    rng = torch.Generator().manual_seed(0)
+    return method.environment(replace(problem, navigator=world), Budget.parse(budget), rng), world
+
+
+def test_the_environment_on_a_navigator_gives_what_is_measured_and_gymnasium_accepts_it(make_problem):
+    truth = Scales(0.5, 2.0, 1.5, 0.25)
+    env, world = live_environment(make_problem(90), truth, "23", batch=4)
+    check_env(env, skip_render_check=True)
+    (_, info), clusters, gains = env.reset(), [], []
+    assert world.rows == []
+    while info["action_mask"].any():
+        clusters.append(int(np.flatnonzero(info["action_mask"])[len(clusters) % info["action_mask"].sum()]))
+        seen, reward, _, _, info = env.step(np.int64(clusters[-1]))
+        assert env.observation_space.contains(seen)
+        gains.append((reward, info["cost"]))
+    drawn = torch.cat(world.rows)
+    assert len(drawn) == len(drawn.unique()) == 23  # the last draw is cut where the budget ends
+    assert [len(rows) for rows in world.rows] == [4, 4, 4, 4, 4, 3]
+    supply = {c: iter(env.simulator.draws.rows[c].split(4)) for c in range(4)}
+    assert drawn.tolist() == torch.cat([next(supply[c]) for c in clusters])[:23].tolist()
+    assert np.sum(gains, axis=0) == pytest.approx(total(world.surfaces, world.directions, drawn))
+    first = total(world.surfaces, world.directions, world.rows[0])
+    assert gains[0] == pytest.approx(first)
+    simulated = outlook(env.simulator, begin(env.simulator, 1))[:, 0, clusters[0]].tolist()
+    assert gains[0] != pytest.approx(simulated, rel=0.05)
+    assert seen["overall"][0] == pytest.approx(bounded(sum(reward for reward, _ in gains) / env.simulator.reward_scale))
+    seen, _ = env.reset()
+    assert seen["overall"][0] == 0
+    assert world.rows == []
+
+
+def bounded(x: float) -> float:
+    return x / (1 + abs(x))
+
+
+def test_a_draw_that_nothing_is_left_for_takes_no_step(make_problem):
+    problem = make_problem(40)
+    problem.candidates.columns["tokens"] = torch.full((40,), 100.0, dtype=torch.float64)
+    env, world = live_environment(problem, Scales(), "250tok", batch=1)
+    env.reset()
+    costs = []
+    for cluster in (0, 0, 1):
+        _, reward, over, _, info = env.step(np.int64(cluster))
+        costs.append((reward, info["cost"]))
+    assert over
+    assert len(world.rows) == 2
+    assert costs[2] == (0, 0) != costs[1]
+
+
+def test_the_environment_on_a_navigator_must_be_begun_and_have_one(make_problem):
+    env, _ = live_environment(make_problem(40), Scales(), "8")
+    with pytest.raises(InvalidArgument, match="must be reset before its first step"):
+        env.step(np.int64(0))
+    with pytest.raises(InvalidArgument, match="ogs needs a live model"):
+        OGS(fidelity="navigator").environment(make_problem(40), Budget.parse("6"), torch.Generator())

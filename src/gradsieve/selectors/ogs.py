@@ -195,10 +195,13 @@ class OGS:
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), world.scores, facts, (*world.notes, *said, *notes))
 
     def environment(self, problem: Problem, budget: Budget, rng: torch.Generator) -> OGSEnvironment:
-        """Returns the simulator that the policy is trained in, as a `gymnasium.Env`."""
-        from gradsieve.selectors.ogs_environment import OGSEnvironment
+        """Returns the world as a `gymnasium.Env`: the simulator, or with fidelity "navigator" the live model of the problem."""
+        from gradsieve.selectors.ogs_environment import Live, OGSEnvironment
 
-        return OGSEnvironment(_world(self, problem, budget, rng).simulator)
+        simulator, live = _world(self, problem, budget, rng).simulator, None
+        if problem.navigator is not None and self.fidelity == "navigator" and self.constraint != "risk":
+            live = Live(problem.navigator, self.constraint, lambda rows: budget.take(rows, problem.candidates))
+        return OGSEnvironment(simulator, live=live)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,45 @@ class Refined:
     best: int
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A Navigator at the start of an episode, and its losses there.
+
+    Attributes:
+        navigator: It goes on from here.
+        cost: What L_gen is.
+        domain: L_dom at the start.
+        general: L_gen at the start.
+    """
+
+    navigator: Navigator
+    cost: Cost
+    domain: float
+    general: float
+
+    @classmethod
+    def of(cls, navigator: Navigator, cost: Cost) -> Start:
+        """Resets the Navigator and measures it.
+
+        Raises:
+            InvalidArgument: A loss is not above 0, so that nothing can be relative to it.
+        """
+        navigator.reset()
+        domain, general = navigator.losses(cost)
+        if not domain > 0 or (cost != "kl" and not general > 0):
+            raise InvalidArgument(
+                f"the Navigator's losses must be above 0 at the start, got {domain:.4g} (target) and {general:.4g} "
+                f"(anchor, {cost})"
+            )
+        return cls(navigator, cost, domain, general)
+
+    def since(self) -> tuple[float, float]:
+        """Returns Σ reward and Σ cost since the start (Eq. OGS-6), measured now; `kl` is absolute."""
+        domain, general = self.navigator.losses(self.cost)
+        unit = 1.0 if self.cost == "kl" else self.general
+        return (self.domain - domain) / self.domain, (general - self.general) / unit
+
+
 def drive(navigator: Navigator, batches: Sequence[Tensor], cost: Cost, points: int) -> Episode:
     """Plays batches on the Navigator from its start, measuring at `points` places spread over the episode.
 
@@ -88,22 +127,16 @@ def drive(navigator: Navigator, batches: Sequence[Tensor], cost: Cost, points: i
         raise InvalidArgument(
             "an episode on the Navigator must have a step, got none: its first row is above the budget; raise it"
         )
-    navigator.reset()
-    domain, general = navigator.losses(cost)
-    if not domain > 0 or (cost != "kl" and not general > 0):
-        raise InvalidArgument(
-            f"the Navigator's losses must be above 0 at the start, got {domain:.4g} (target) and {general:.4g} (anchor, {cost})"
-        )
-    unit = 1.0 if cost == "kl" else general
+    start = Start.of(navigator, cost)
     steps = len(batches)
     at = sorted({max(1, round(steps * (i + 1) / points)) for i in range(points)})
     rewards, costs = [], []
     for step, rows in enumerate(batches, 1):
         navigator.step(rows)
         if step in at:
-            now, harmed = navigator.losses(cost)
-            rewards.append((domain - now) / domain)
-            costs.append((harmed - general) / unit)
+            reward, harm = start.since()
+            rewards.append(reward)
+            costs.append(harm)
     return Episode(tuple(at), tuple(rewards), tuple(costs))
 
 
