@@ -143,6 +143,21 @@ def test_the_anchor_is_measured_in_every_form_that_a_method_asks_for(
     assert "hidden" in hidden.pool.representations
 
 
+def test_the_anchors_categories_may_be_a_file_each(
+    write_data: Write, data: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    files = (str(write_data("maths", 5)), str(write_data("facts", 4)))
+    target = str(write_data("other", 4)), data["target"]
+    common = {"model": str(tiny_model), "pool": data["pool"], "target": target, "budget": "4", **SMALL}
+    result = gs.select("ogs-static", anchor=files, settings={"against": "categories"}, **common)
+    counts = {name: fact.count for name, fact in result.references.items()}
+    assert counts == {"target": 10, "anchor:facts": 4, "anchor:maths": 5}
+    assert any("5 of 5 rows have no \"category\"; theirs is the file's, 'maths'" in note for note in result.notes)
+    one = gs.select("ogs-static", anchor=files[0], settings={"against": "categories"}, **common)
+    assert set(one.references) == {"target", "anchor:general"}
+    assert not any("theirs is the file's" in note for note in one.notes)  # nor for the two files of the target
+
+
 def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(
     data: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:

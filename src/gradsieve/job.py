@@ -26,7 +26,8 @@ class Job:
         pool: Files to choose from: JSONL (.gz), JSON, Parquet, Arrow, a saved dataset folder; or `demo`.
         budget: How much to choose: 500 (examples), 5% (of the usable pool) or 200000tok (tokens).
         target: Files with examples of the ability you want; or `demo`.
-        anchor: Files with general examples that must not be forgotten, with a category each if there are several; or `demo`.
+        anchor: Files with general examples that must not be forgotten, or `demo`. Each names its category in a field; where
+            there are several files, those that name none have their file's name as category.
         replay: Files with general examples that ogs may draw too, in clusters of their own.
         navigator: A smaller model of the same family that does the scoring in the place of `model`, which is then only what
             will be trained; `gradsieve transfer` says whether it may.

@@ -56,6 +56,24 @@ def test_a_jsonl_of_messages(tmp_path):
     assert row_fields(one)["stars"] == 5
 
 
+def test_a_file_each_can_be_the_category(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    maths = lines(tmp_path / "a" / "maths.v2.jsonl", [chat("q1", "a1"), chat("q2", "a2", category="code")])
+    facts = lines(tmp_path / "b" / "facts.jsonl", [chat("q3", "a3")])
+    same = lines(tmp_path / "b" / "maths.v2.jsonl", [chat("q4", "a4")])
+
+    def categories(*files, **options):
+        return [example.category for example in read_examples(files, **options).examples]
+
+    assert categories(maths, facts) == [None, "code", None]
+    assert categories(maths, facts, category_per_file=True) == ["maths.v2", "code", "facts"]
+    assert categories(maths, category_per_file=True) == [None, "code"]  # one file tells nothing apart
+    assert categories(maths, same, category_per_file=True) == [str(maths), "code", str(same)]
+    notes = read_examples([maths, facts], category_per_file=True).notes
+    assert f"{maths}: 1 of 2 rows have no \"category\"; theirs is the file's, 'maths.v2'" in notes
+
+
 def test_files_of_several_shapes_are_told_one_by_one(tmp_path):
     a = lines(tmp_path / "a.jsonl", [chat("q", "a")])
     b = tmp_path / "b.parquet"

@@ -144,7 +144,7 @@ class Config:
         model: Folder, hub id, or demo.
         pool: Files to choose from; `{seed}` in a path asks for other data per seed.
         target: Examples of the wanted ability.
-        anchor: General examples that must not be forgotten.
+        anchor: General examples that must not be forgotten, by categories: a field's, or, of several files, each file's name.
         tests: What is evaluated on, by name.
         arms: The ways compared, in order: base, full and random first.
         budgets: How much each arm may choose.

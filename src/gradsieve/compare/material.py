@@ -206,7 +206,9 @@ def _read(config: Config, files: Sequence[str], role: str, notes: list[str]) -> 
         if len(files) > 1:
             raise DataError(f"{config.source}: {role} must be one `demo` set or files, got {' '.join(files)}")
         return _demo(files[0], role)
-    dataset = read_examples(files, format=config.format, category_field=config.category_field)
+    dataset = read_examples(
+        files, format=config.format, category_field=config.category_field, category_per_file=role == "anchor"
+    )
     notes += [note for note in dataset.notes if note not in notes]
     return dataset.examples
 

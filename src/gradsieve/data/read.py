@@ -57,7 +57,11 @@ class _Parsed:
 
 
 def read_examples(
-    sources: Sequence[str | Path] | str | Path, *, format: Format = "auto", category_field: str = "category"
+    sources: Sequence[str | Path] | str | Path,
+    *,
+    format: Format = "auto",
+    category_field: str = "category",
+    category_per_file: bool = False,
 ) -> Dataset:
     """Returns the examples of one or more files, in the order of the files and of their rows.
 
@@ -68,6 +72,8 @@ def read_examples(
         sources: Files (.jsonl, .json, both also .gz; .parquet; .arrow) or dataset folders (`DIR` or `DIR:SPLIT`).
         format: The shape of the rows, for all files; `auto` tells it per file from the keys of all its rows.
         category_field: The field that names an example's category, if the row has it.
+        category_per_file: Where there are several files, let each file's name (without its ending; as given where two would be
+            the same) be the category of its rows that have none.
 
     Raises:
         DataError: A file or row breaks a rule; the message starts with `FILE:LINE` (`FILE: row N` where there are no lines).
@@ -82,9 +88,14 @@ def read_examples(
     notes: list[str] = []
     shapes: dict[str, str] = {}
     parsed: list[_Parsed] = []
-    for source in sources:
+    for source, category in zip(sources, _file_categories(sources), strict=True):
         shape, rows = _read_source(source, format, category_field, notes)
         shapes[str(source)] = shape
+        bare = [row for row in rows if row.category is None]
+        if category_per_file and len(sources) > 1 and bare:
+            notes.append(f'{source}: {len(bare)} of {len(rows)} rows have no "{category_field}"; theirs is the file\'s, {category!r}')
+            for row in bare:
+                row.category = category
         parsed.extend(rows)
     ids = _unique_ids(parsed)
     same = len(set(shapes.values())) == 1
@@ -95,6 +106,12 @@ def read_examples(
         sources=tuple(str(source) for source in sources),
         notes=tuple(notes),
     )
+
+
+def _file_categories(sources: Sequence[str | Path]) -> list[str]:
+    """Returns the sources' names without folder and ending; as they are given where two would be the same."""
+    names = [Path(str(source).removesuffix(".gz")).stem for source in sources]
+    return names if len(set(names)) == len(names) else [str(source) for source in sources]
 
 
 def content_hash(example: Example) -> str:
