@@ -78,9 +78,7 @@ def _read_set(job: Job, inputs: Inputs, role: str, data: Data) -> Sequence[Examp
         examples = demo_set(role, files[0], job.seed)
         inputs.formats[role] = describe(examples)
         return examples
-    dataset = read_examples(
-        files, format=job.format, category_field=job.category_field, category_per_file=role == "anchor"
-    )
+    dataset = read_examples(files, format=job.format, category_field=job.category_field, category_per_file=role == "anchor")
     inputs.notes += dataset.notes
     inputs.formats[role] = dataset.format
     if not dataset.examples:

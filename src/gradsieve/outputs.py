@@ -32,7 +32,7 @@ from gradsieve.demo import is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.pipeline import Result, method_class, select
 from gradsieve.report import Page, Source, Stage, write_report
-from gradsieve.types import Example, Selection
+from gradsieve.types import Example, Reference, Selection
 
 FILES = (
     ("selected.jsonl", "the chosen examples, exactly as given, best first"),
@@ -161,6 +161,7 @@ def page_of(
         groups_are=groups_are,
         excluded=excluded,
         notes=[note for note in record["notes"] if note not in selection.notes],
+        references={name: Reference(**fact) for name, fact in record["references"].items()},
         stages=[Stage(c["stage"], c["wall_seconds"], c["cpu_seconds"], c["bytes"]) for c in record["stages"]],
         files=list(FILES),
     )

@@ -110,7 +110,17 @@ def print_result(result: Any, out: Path, *, demo_table: bool = False) -> None:
 
         console.print(kinds_table(result))
     from rich.table import Table
+    from rich.text import Text
 
+    if result.references:
+        known = Table("reference", "examples", "signal share", "rank correlation of its halves", box=None, header_style="bold")
+        for name, fact in sorted(result.references.items()):
+            halves = "–" if fact.split_half is None else f"{fact.split_half:.2f}"
+            known.add_row(Text(name), str(fact.count), f"{fact.signal_share:.2f}", halves)
+        console.print(known, highlight=False)
+    if correlation := selection.trace.get("length_correlation"):
+        with_length = ", ".join(f"{name} {rho:+.2f}" for name, rho in correlation.items())
+        console.print(f"Rank correlation with answer length: {with_length}.", markup=False, highlight=False)
     stages = Table("stage", "seconds", "processor seconds", box=None, header_style="bold", pad_edge=False)
     for cost in result.clock.costs:
         stages.add_row(cost.stage, f"{cost.wall_seconds:.1f}", f"{cost.cpu_seconds:.1f}")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors import ogs as module
 from gradsieve.selectors.ogs import OGS
 from gradsieve.selectors.ogs_account import policy_notes
 from gradsieve.selectors.ogs_policy import Run, Trained
+from gradsieve.selectors.ogs_simulator import total
+from gradsieve.selectors.ogs_static import OGSStatic
+from gradsieve.selectors.orth_only import OrthOnly
 from gradsieve.selectors.ranking import best_first, id_order
 from gradsieve.types import ArrayGradients, Budget, Problem, Selection
 
@@ -45,6 +50,11 @@ def test_the_emitted_subset_is_the_greedy_episode_draw_by_draw(make_problem):
         rows += supply[c][taken[c]].tolist()
         taken[c] += 1
     assert selection.rows.tolist() == rows[:24]
+    batches = selection.rows.split(steps["examples"])
+    assert [len(batch) for batch in batches] == [3] * 8
+    draw = selection.trace["draw"]
+    assert all(draw[row] == number for number, batch in enumerate(batches, 1) for row in batch.tolist())
+    assert sum(number is not None for number in draw) == 24
     told = [c["drawn"] for c in selection.trace["clusters"]]
     assert told == [min(3 * t, len(r)) for t, r in zip(taken, draws.rows, strict=True)]
     predicted = selection.trace["simulated"]["ogs"]
@@ -77,7 +87,7 @@ def test_the_default_step_ends_at_the_lowest_target_loss_on_the_way(make_problem
 
     def gain(length: float) -> float:
         w = world(problem, step=length, batch=3)
-        return module.total(w.surfaces, w.directions, useful)[0]
+        return total(w.surfaces, w.directions, useful)[0]
 
     assert gain(step) > max(gain(0.95 * step), gain(1.05 * step), 0)
 
@@ -88,7 +98,7 @@ def test_the_order_keeps_the_bound_to_first_order_where_the_most_useful_would_le
     useful, chosen = (best_first(s, id_order(problem.candidates.ids))[:24] for s in (w.columns["utility"], w.scores))
     labels = torch.full((120,), -1).index_fill(0, useful, 0)
     _, at = w.surfaces[1].table(module.unit_sums(w.directions, labels, 1), labels, useful)
-    here = module.total(w.surfaces, w.directions, useful)[1]  # cost(δ) ≈ cost(δ₀) + <∇cost(δ₀), δ - δ₀>
+    here = total(w.surfaces, w.directions, useful)[1]  # cost(δ) ≈ cost(δ₀) + <∇cost(δ₀), δ - δ₀>
     slopes = w.surfaces[1].slopes(at[0], w.directions)
     expected = here + float(slopes[chosen].sum() - slopes[useful].sum())
     assert here > 0.1
@@ -111,6 +121,9 @@ def test_a_token_budget_is_spent_and_prices_the_draws(make_problem):
     assert 1400 < tokens[selection.rows].sum() <= 1500
     draws = world(problem, "1500tok").simulator.draws
     assert draws.budget == 1500
+    steps = selection.trace["steps"]
+    assert sum(steps["examples"]) == len(selection.rows)
+    assert len(steps["examples"]) == len(steps["cluster"])
     assert draws.price[0, 0] == tokens[draws.rows[0][: draws.batch]].sum()
 
 
@@ -198,6 +211,94 @@ def test_what_the_user_must_know_is_said(settings, others, note, make_problem):
     notes = run(make_problem(120), **settings).notes
     assert any(re.search(note, n) for n in notes), notes
     assert not any(re.search(note, n) for n in run(make_problem(120), **others).notes)
+
+
+def test_what_the_user_must_know_of_the_anchor_is_said_of_ogs_itself(make_problem):
+    problem = make_problem(60)
+    noisy = {name: replace(fact, signal_share=0.1, count=7) for name, fact in problem.references.items()}
+    selection = run(replace(problem, references=noisy), against="contrast")
+    names = {"target", "anchor", "contrast/target", "contrast/anchor:math", "contrast/anchor:knowledge"}
+    assert set(selection.trace["references"]) == names  # the simulated losses rest on the mean of the anchor too
+    for name in names:
+        cure = "with 7 examples; give more of them"
+        assert f"the reference '{name}' is unreliable: its signal share is 0.10 (below 0.7) {cure}" in selection.notes
+    assert sum("the anchor has 14 usable examples" in note for note in selection.notes) == 1
+    kind = {"dot/anchor": problem.candidates.columns["dot/anchor"].abs()}
+    kind["completion_tokens"] = 100 * problem.candidates.columns["dot/target"] / problem.candidates.columns["norm"] + 200
+    agreeing = run(with_columns(problem, **kind))
+    assert "risk is zero for 100% of the candidates, so it tells few of them apart; use --against contrast" in agreeing.notes
+    assert any(note.startswith("utility is largely a measure of length") for note in agreeing.notes)
+    assert agreeing.trace["length_correlation"]["utility"] == pytest.approx(1)
+    assert set(agreeing.trace["length_correlation"]) == {"utility", "risk", "score"}
+    assert not any("is unreliable" in note or "risk is zero" in note for note in run(problem, against="contrast").notes)
+
+
+def test_orth_is_held_against_the_anchor_in_the_form_that_was_asked_for(make_problem):
+    problem = make_problem(60)
+    forms = {
+        "plain": {},
+        "example": {"normalize": "example"},
+        "category": {"normalize": "category"},
+        "subspace": {"against": "categories"},
+    }
+    orth = {
+        name: 1 - module.anchor_cosine(problem, own.get("normalize", "none")).abs()
+        for name, own in forms.items()
+        if name != "subspace"
+    } | {"subspace": module.subspace_orth(problem, 0.9)[0]}
+    for name, own in forms.items():
+        draws = world(problem, **own).simulator.draws
+        centred = (orth[name] - orth[name].mean()) / orth[name].std(correction=0)
+        assert draws.left[:, 0, 0].tolist() == pytest.approx([float(centred[rows].mean()) for rows in draws.rows], abs=1e-5)
+    assert not torch.allclose(orth["plain"], orth["subspace"], atol=0.01)
+
+
+def test_sketches_decide_neither_utility_nor_risk_nor_orth(make_problem):
+    problem = make_problem(60)
+    g = problem.candidates
+    noise = torch.randn(60, g.dim, generator=torch.Generator().manual_seed(9))
+    other = replace(problem, candidates=ArrayGradients(g.ids, noise, dict(g.columns)))
+    for against in ("plain", "contrast", "both", "categories"):
+        a, b = (run(p, against=against) for p in (problem, other))
+        assert a.trace["utility"] == b.trace["utility"]
+        assert a.trace["risk"] == b.trace["risk"]
+        assert torch.equal(*(module._orth(OGS(against=against), p) for p in (problem, other)))
+        rules = [OGSStatic(against=against).select(p, Budget.parse("24"), torch.Generator()) for p in (problem, other)]
+        assert torch.equal(rules[0].rows, rules[1].rows)
+    orth = [OrthOnly(space="categories").select(p, Budget.parse("24"), torch.Generator()) for p in (problem, other)]
+    assert torch.equal(orth[0].rows, orth[1].rows)
+
+
+class Counted:
+    """The same gradients; counts how often all of them are read, and the most rows that are asked for by number."""
+
+    def __init__(self, inner: ArrayGradients) -> None:
+        self.inner, self.passes, self.most = inner, 0, 0
+        self.ids, self.dim, self.columns, self.checkpoints = inner.ids, inner.dim, inner.columns, inner.checkpoints
+        self.representations = inner.representations
+
+    def blocks(self, checkpoint: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        for rows in torch.arange(len(self.ids)).split(16):
+            yield rows, self.inner.rows(rows, checkpoint)
+
+    def rows(self, index: Tensor, checkpoint: str | None = None) -> Tensor:
+        self.most = max(self.most, len(index))
+        return self.inner.rows(index, checkpoint)
+
+
+def test_the_store_is_read_once_where_unit_sketches_fit_and_a_few_times_where_not(make_problem, monkeypatch):
+    problem = make_problem(120)
+    held = Counted(problem.candidates)
+    first = run(replace(problem, candidates=held))
+    assert (held.passes, held.most) == (1, 1)
+    monkeypatch.setattr("gradsieve.selectors.directions.CACHE_BYTES", 1)
+    monkeypatch.setattr("gradsieve.selectors.clusters.SAMPLE_ROWS", 50)
+    read = Counted(problem.candidates)
+    run(replace(problem, candidates=read))
+    assert read.passes == 7
+    assert read.most == 50
+    assert len(first.rows) == 24
 
 
 def outcome(policy: tuple[float, float], rule: tuple[float, float]) -> bool:

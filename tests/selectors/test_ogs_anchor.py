@@ -145,6 +145,9 @@ def test_a_small_anchor_is_noted_whichever_way_it_is_read():
     assert "has 290 usable" in note(references(contrast__anchor_of_a=150, contrast__anchor_of_b=140))[0]
     assert note(references(anchor_of_a=160, anchor_of_b=140)) == []
     assert "has 250 usable" in note(references(anchor=250, contrast__anchor_of_a=100, contrast__target=400))[0]
+    halved = {count: note(replace(references(anchor=count), navigator=object())) for count in (149, 150)}
+    assert halved[150] == []
+    assert "has 149 usable examples for its references and about as many held out; 300 to 500 in all" in halved[149][0]
 
 
 @pytest.mark.parametrize("utility", ["nearest", "hidden"])

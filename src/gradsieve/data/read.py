@@ -93,7 +93,9 @@ def read_examples(
         shapes[str(source)] = shape
         bare = [row for row in rows if row.category is None]
         if category_per_file and len(sources) > 1 and bare:
-            notes.append(f'{source}: {len(bare)} of {len(rows)} rows have no "{category_field}"; theirs is the file\'s, {category!r}')
+            notes.append(
+                f'{source}: {len(bare)} of {len(rows)} rows have no "{category_field}"; theirs is the file\'s, {category!r}'
+            )
             for row in bare:
                 row.category = category
         parsed.extend(rows)

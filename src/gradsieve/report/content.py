@@ -44,7 +44,7 @@ def content(page: Page) -> dict[str, Any]:
         "scored": scored,
         "figures": _figures(page),
         "recorded": facts.recorded(page),
-        "tables": facts.tables(page),
+        "tables": ({"reference directions": known} if (known := facts.reliability(page)) else {}) | facts.tables(page),
         "lists": {name: [_item(page, values, row) for row in getattr(lists, name)] for name in lists.__slots__},
         "weights": _weights(page),
         "reasons": Counter(facts.kind_of_reason(reason) for _, reason in page.excluded).most_common(),

@@ -299,6 +299,15 @@ def _is_single(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def reliability(page: Page) -> tuple[list[str], list[tuple[str, list[object]]]] | None:
+    """Returns the table of the reference directions, as `tables` does, or None without any."""
+    columns = ["examples", "signal share", "rank correlation of its halves"]
+    rows: list[tuple[str, list[object]]] = [
+        (name, [fact.count, fact.signal_share, fact.split_half]) for name, fact in sorted(page.references.items())
+    ]
+    return (columns, rows) if rows else None
+
+
 def tables(page: Page) -> dict[str, tuple[list[str], list[tuple[str, list[object]]]]]:
     """Returns the tables of the trace by name: the columns' names, and each row's name and values (None where it has none)."""
     found: dict[str, tuple[list[str], list[tuple[str, list[object]]]]] = {}

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.types import Selection
+from gradsieve.types import Reference, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class Page:
         groups_are: What the labels stand for, in the plural: `groups`, `sources`, `planted kinds`.
         excluded: Id and reason for each example that could not be used; they are no rows of the pool here.
         notes: Sentences the user must read, printed before those of the selection.
+        references: What is known about the reference directions, by name.
         stages: What the run cost, in order.
         files: Name and content of each file beside the page: `("selected.jsonl", "the chosen examples")`.
 
@@ -116,6 +117,7 @@ class Page:
     groups_are: str = "groups"
     excluded: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    references: Mapping[str, Reference] = field(default_factory=dict)
     stages: Sequence[Stage] = ()
     files: Sequence[tuple[str, str]] = ()
 

@@ -50,6 +50,7 @@ _LABELS = {
     "loss": Label("loss", "nats per answer token, before training", "are harder for the model", "are easier for the model"),
     "tokens": Label("length", "tokens of the whole example", "are longer", "are shorter"),
     "completion_tokens": Label("answer length", "tokens that carry loss", "have longer answers", "have shorter answers"),
+    "draw": Label("draw", "the step of the policy that took it"),
     "norm": Label("gradient norm", "", "have larger gradients", "have smaller gradients"),
 }
 _STATISTICS = {"norm": "norm", "max": "maximum", "min": "minimum", "mean": "mean", "sd": "sd"}

@@ -14,14 +14,14 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.clusters import cluster
 from gradsieve.selectors.directions import Directions
 from gradsieve.selectors.ogs_account import cluster_notes, navigator_notes, policy_notes, trace
-from gradsieve.selectors.ogs_anchor import Normalize
+from gradsieve.selectors.ogs_anchor import Normalize, anchor_cosine, anchor_notes, subspace_orth
 from gradsieve.selectors.ogs_draws import arrange, threshold_scores
 from gradsieve.selectors.ogs_policy import PPO, train
 from gradsieve.selectors.ogs_refine import account, drive, refine
-from gradsieve.selectors.ogs_simulator import Simulator, Surface, total, unit_sums
-from gradsieve.selectors.ogs_static import Against, OGSStatic
-from gradsieve.selectors.ranking import best_first, id_order, pay, percentile
-from gradsieve.selectors.reading import check_choice, cosines, require, zero_note
+from gradsieve.selectors.ogs_simulator import Simulator, Surface, totals, unit_sums
+from gradsieve.selectors.ogs_static import Against, OGSStatic, zero_risk_note
+from gradsieve.selectors.ranking import best_first, id_order, length_check, pay, percentile
+from gradsieve.selectors.reading import check_choice, cosines, reference_notes, require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ HORIZON = 64
 """Steps of an episode, about, where the batch is not given."""
 
 EPSILON = {"kl": 0.1, "loss": 0.01, "key": 0.01}
+
+ENERGY = 0.9
+"""Share of the category means' squared length that the subspace of Eq. OGS-4 holds."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class OGS:
             threshold rule is optimal. "kl" is all curvature and needs another. "navigator": the quadratic one, scaled to what
             a live model shows when it is trained on the policy's draws; half of the anchor is then held out to measure on.
         against: References behind the risk, as in ogs-static: "plain" (the mean of the anchor), "contrast", "both",
-            "categories".
+            "categories" (then Orth is the one to the subspace of their means, Eq. OGS-4).
         normalize: How the mean of "plain" is taken, as in ogs-static: "none", "example", "category". The simulator's anchor
             loss is the plain one.
         order: Which rows a cluster gives first. "score": those of largest utility - λ·cost, to first order in the cost
@@ -105,7 +108,7 @@ class OGS:
     title: ClassVar[str] = "OGS"
     picks_by: ClassVar[str] = "a policy that learnt in a simulator what lowers the target's loss and harms the anchor little"
     reads: ClassVar[str] = "sketches; target and anchor cosines (exact)"
-    cost: ClassVar[str] = "O(ndK) in 10 passes; 64 · updates · episodes steps of O(Km)"
+    cost: ClassVar[str] = "O(ndK), the store read once (7 times above 2 GiB); 64 · updates · episodes steps of O(Km)"
     source: ClassVar[str] = "OGS, arXiv:2602.06359"
 
     def __post_init__(self) -> None:
@@ -143,10 +146,10 @@ class OGS:
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which the greedy policy draws them; scores are those of `order`.
 
-        The trace holds λ, rewards and costs per round of training (`training`) and per draw of the emitted episode
-        (`steps`), each cluster (`clusters`), what the simulator predicts for the policy, two threshold rules and a random
-        draw at the same budget (`simulated`), `utility` and `risk` of every candidate, and what was resolved (`epsilon`,
-        `batch`, `step`, …).
+        The trace holds λ, rewards and costs per round of training (`training`), cluster, reward, cost and examples per draw of
+        the emitted episode (`steps`), the draw that took each candidate (`draw`: the batches), each cluster (`clusters`), what
+        the simulator predicts for the policy, two threshold rules and a random draw at the same budget (`simulated`), `utility`
+        and `risk` of every candidate, and what was resolved (`epsilon`, `batch`, `step`, …).
         """
         world = _world(self, problem, budget, rng)
         ppo = PPO(self.updates, self.episodes, self.learning_rate, self.multiplier_rate)
@@ -155,24 +158,25 @@ class OGS:
         surfaces, refined = world.surfaces, None
 
         def emitted(clusters: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            """Returns the rows in the order of the draws, and those of each draw that are paid for."""
+            """Returns the rows in the order of the draws, and per draw those that are paid for."""
             supply = [iter(rows.split(batch)) for rows in world.simulator.draws.rows]
             drawn = [next(supply[c]) for c in clusters]
             if budget.tokens is not None:  # what is left pays for rows further down the cluster that was drawn last
                 drawn[-1] = torch.cat([drawn[-1], *supply[clusters[-1]]])
             order = torch.cat(drawn)
             paid = budget.take(order, pool)
-            parts = [part[torch.isin(part, paid)] for part in drawn]
-            return order, [part for part in parts if len(part)]
+            return order, [part[torch.isin(part, paid)] for part in drawn]
 
         if problem.navigator is not None and self.fidelity == "navigator" and self.constraint != "risk":
             refined = refine(
-                world.simulator, trained, problem.navigator, self.constraint, ppo, rng, lambda clusters: emitted(clusters)[1],
+                world.simulator, trained, problem.navigator, self.constraint, ppo, rng,
+                lambda clusters: [part for part in emitted(clusters)[1] if len(part)],
                 rounds=self.rounds, points=self.measurements,
             )  # fmt: skip
             trained, s = refined.trained, refined.scales
             surfaces = surfaces[0].scaled(s.gain, s.saturation), surfaces[1].scaled(s.rise, s.harm)
-        rows, notes = pay(emitted(trained.run.clusters)[0], pool, budget)
+        order, parts = emitted(trained.run.clusters)
+        rows, notes = pay(order, pool, budget)
         eligible = by_id[~world.scores[by_id].isnan()]
         subsets = {
             "ogs": rows,
@@ -180,15 +184,15 @@ class OGS:
             "ogs-static": world.rule.rows,
             "random": budget.take(eligible[torch.randperm(len(eligible), generator=rng)], pool),
         }
-        predicted = {name: total(surfaces, world.directions, subset) for name, subset in subsets.items()}
-        facts = trace(world.simulator, trained, predicted, rows, world.columns, world.general)
+        predicted = dict(zip(subsets, totals(surfaces, world.directions, list(subsets.values())), strict=True))
+        facts = trace(world.simulator, trained, predicted, parts, world.columns, world.general)
         facts |= {"step": world.step, "order_lambda": world.penalty, "constraint": self.constraint}
+        facts |= {"references": world.references, "length_correlation": world.length_correlation}
         said = policy_notes(self.constraint, world.simulator.epsilon, trained, predicted)
         if refined is not None and problem.navigator is not None and self.constraint != "risk":
             measured = {"ogs": refined.rounds[refined.best][1].total}
             for name in ("threshold", "random"):
-                parts = subsets[name].split(batch)
-                measured[name] = drive(problem.navigator, parts, self.constraint, 1).total
+                measured[name] = drive(problem.navigator, subsets[name].split(batch), self.constraint, 1).total
             facts |= account(refined, world.simulator)
             facts["measured"] = {name: {"reward": r, "cost": c} for name, (r, c) in measured.items()}
             said += navigator_notes(self.constraint, world.simulator.epsilon, measured, refined.scales.gain)
@@ -214,6 +218,8 @@ class _World:
         directions: Unit sketches of the pool.
         columns: `utility`, `anchor_cosine` and `risk`: float64 [n] each.
         rule: What ogs-static chooses.
+        references: Names of all that utility, Orth, risk and the simulated losses rest on.
+        length_correlation: Of utility, risk and scores.
         scores: float64 [n], the order in which clusters give their rows (if by score).
         penalty: λ in these scores, None where they are the cost alone.
         step: η.
@@ -226,6 +232,8 @@ class _World:
     directions: Directions
     columns: dict[str, Tensor]
     rule: Selection
+    references: list[str]
+    length_correlation: dict[str, float]
     scores: Tensor
     penalty: float | None
     step: float
@@ -243,7 +251,8 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     rule = OGSStatic(against=ogs.against, normalize=ogs.normalize).select(problem, budget, rng)
     risk = torch.tensor(rule.trace["risk"], dtype=torch.float64)
     epsilon = _epsilon(ogs, risk)
-    notes += [f"ogs-static, for comparison: {note}" for note in rule.notes if note not in notes]
+    references = sorted({"target", "anchor", *rule.trace["references"]})
+    notes += reference_notes(problem, references) + anchor_notes(problem, references) + zero_risk_note(risk, ogs.against)
 
     group = _groups(pool, utility.isnan())
     directions = Directions.of(pool)
@@ -270,13 +279,25 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     if ogs.order == "random":
         members_by_id = by_id[labels[by_id] >= 0]
         order = members_by_id[torch.randperm(len(members_by_id), generator=rng)]
-    features = (1 - keep.abs(), risk, utility, pool.columns["loss"])
+    correlation, length_notes = length_check({"utility": utility, "risk": risk, "score": scores}, pool)
+    notes += length_notes
+    features = (_orth(ogs, problem), risk, utility, pool.columns["loss"])
     draws = arrange(labels, order, by_id, price, features, batch, limit)
     general = [bool(group[rows[0]] == 1) for rows in draws.rows]
     notes += cluster_notes(ogs.clusters, ogs.general_clusters, general)
+    notes += [f"ogs-static, for comparison: {note}" for note in rule.notes if note not in notes]
     simulator = Simulator.of(draws, surfaces, directions, epsilon)
     columns = {"utility": utility, "anchor_cosine": keep, "risk": risk}
-    return _World(simulator, surfaces, directions, columns, rule, scores, penalty, step, general, notes)
+    return _World(
+        simulator, surfaces, directions, columns, rule, references, correlation, scores, penalty, step, general, notes
+    )
+
+
+def _orth(ogs: OGS, problem: Problem) -> Tensor:
+    """Returns Orth (Eq. OGS-2, OGS-4) as the policy sees it: float64 [n], to the anchor in the form that `against` has it."""
+    if ogs.against == "categories":
+        return subspace_orth(problem, ENERGY)[0]
+    return 1 - anchor_cosine(problem, ogs.normalize).abs()
 
 
 def _epsilon(ogs: OGS, risk: Tensor) -> float:

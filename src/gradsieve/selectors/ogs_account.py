@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def trace(
     sim: Simulator,
     trained: Trained,
     predicted: dict[str, Prediction],
-    rows: Tensor,
+    parts: list[Tensor],
     columns: dict[str, Tensor],
     general: list[bool],
 ) -> dict[str, Any]:
@@ -30,13 +31,16 @@ def trace(
         sim: The world.
         trained: The policy.
         predicted: What the simulator says of each subset.
-        rows: What was chosen.
+        parts: The rows that were chosen, draw by draw.
         columns: `utility`, `anchor_cosine`, `risk`: float64 [n].
         general: Per cluster whether it holds replay examples.
     """
-    chosen = torch.zeros(len(columns["utility"]), dtype=torch.bool).index_fill(0, rows, True)
+    draw = torch.full_like(columns["utility"], torch.nan)
+    for number, rows in enumerate(parts, 1):
+        draw[rows] = number
+    chosen = int((~draw.isnan()).sum())
     clusters = [
-        {"replay": is_general, "rows": len(members), "drawn": int(chosen[members].sum())}
+        {"replay": is_general, "rows": len(members), "drawn": int((~draw[members].isnan()).sum())}
         | {name: float(values[members].mean()) for name, values in columns.items()}
         for members, is_general in zip(sim.draws.rows, general, strict=True)
     ]
@@ -45,10 +49,16 @@ def trace(
         "utility": columns["utility"].tolist(),
         "risk": columns["risk"].tolist(),
         "training": dict(trained.history),
-        "steps": {"cluster": list(run.clusters), "reward": list(run.rewards), "cost": list(run.costs)},
+        "draw": [None if math.isnan(number) else int(number) for number in draw.tolist()],
+        "steps": {
+            "cluster": list(run.clusters),
+            "reward": list(run.rewards),
+            "cost": list(run.costs),
+            "examples": [len(rows) for rows in parts],
+        },
         "clusters": clusters,
         "simulated": {name: {"reward": reward, "cost": cost} for name, (reward, cost) in predicted.items()},
-        "replay_share": sum(c["drawn"] for c in clusters if c["replay"]) / len(rows) if len(rows) else 0.0,
+        "replay_share": sum(c["drawn"] for c in clusters if c["replay"]) / chosen if chosen else 0.0,
         "best_round": trained.best,
         "policy_lambda": trained.run.multiplier * sim.reward_scale / sim.epsilon,
         "epsilon": sim.epsilon,

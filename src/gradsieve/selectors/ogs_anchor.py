@@ -107,7 +107,7 @@ def anchor_notes(problem: Problem, references: Iterable[str]) -> list[str]:
     """Returns a note where the anchor examples behind these references are fewer than recommended.
 
     Args:
-        problem: Knows how many examples each reference is the mean of.
+        problem: Knows how many examples each reference is the mean of; with a Navigator they are half of the anchor.
         references: Names; those of the target do not count.
     """
     known = {name: problem.references[name].count for name in references if name in problem.references}
@@ -116,6 +116,8 @@ def anchor_notes(problem: Problem, references: Iterable[str]) -> list[str]:
     if not whole and not parts:
         return []
     count = max([*whole, sum(parts)])
-    if count >= RECOMMENDED:
+    halved = problem.navigator is not None  # the other half measures forgetting
+    if count >= RECOMMENDED // (1 + halved):
         return []
-    return [f"the anchor has {count} usable examples; 300 to 500, from every ability to keep, are recommended"]
+    has = f"{count} usable examples for its references and about as many held out" if halved else f"{count} usable examples"
+    return [f"the anchor has {has}; 300 to 500 in all, from every ability to keep, are recommended"]

@@ -188,7 +188,7 @@ class OGSStatic:
             references = ["target", *references] if self.utility == "mean" else references
         correlation, length_notes = length_check(scores, pool)
         notes += reference_notes(problem, references) + anchor_notes(problem, references)
-        notes += _zero_risk_note(scores["risk"], self.against) + length_notes
+        notes += zero_risk_note(scores["risk"], self.against) + length_notes
 
         if self.form == "top":
             chosen = self._top(scores, pool, budget)
@@ -456,7 +456,13 @@ def _behind(pool: Gradients, normalize: Normalize) -> list[str]:
     return categories(pool) if normalize == "category" else [anchor_column(normalize).removeprefix("dot/")]
 
 
-def _zero_risk_note(risk: Tensor, against: str) -> list[str]:
+def zero_risk_note(risk: Tensor, against: str) -> list[str]:
+    """Returns a note where more than 9 candidates of 10 have no risk, with what may help.
+
+    Args:
+        risk: float64 [n], NaN where a row has none.
+        against: The references behind it.
+    """
     known = risk[~risk.isnan()]
     share = int((known == 0).sum()) / len(known)
     if not share > 0.9:
