@@ -11,7 +11,7 @@ from gradsieve.rebuild import Rebuild, rebuild
 Write = Callable[..., Path]
 
 
-@pytest.mark.parametrize("method", ["random", "grads", "ogs-static", "g2is", "gradmatch"])
+@pytest.mark.parametrize("method", ["random", "grads", "ogs", "ogs-static", "g2is", "gradmatch"])
 def test_a_report_is_rebuilt_to_the_same_bytes(method: str, tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pool, target, anchor = write_data("pool", 20), write_data("target", 5), write_data("anchor", 6)

@@ -162,7 +162,7 @@ class Run:
             each = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
             measured = self.navigator.measured * each
         ratio = 1.0
-        if self.job.navigator and self.trained_weights:
+        if self.job.navigator:
             ratio = weight_count(self.job.navigator) / self.trained_weights
         return overhead(
             sum(self.passes.values()), trained, measured, tokens.int().tolist(), tokens[selection.rows].int().tolist(), ratio
@@ -251,10 +251,10 @@ class Run:
         if isinstance(model, str) and not model:
             raise InvalidArgument("--model must name a folder, a hub id or `demo`, got none")
         if self.job.navigator:
-            self.trained_weights = weight_count(model) if model else 0
+            self.trained_weights = weight_count(model)
             self.notes.append(
                 f"the navigator {self.job.navigator} did the scoring; ask `gradsieve transfer` whether it may choose for "
-                f"{self.job.model or 'the model that will be trained'}"
+                f"{self.job.model}"
             )
             return find_model(self.job.navigator, tokenizer, trust_remote_code=self.job.trust_remote_code)
         return find_model(model, tokenizer, trust_remote_code=self.job.trust_remote_code)

@@ -61,6 +61,16 @@ def test_what_the_reader_says_of_files_is_noted(content: dict[str, Any]) -> None
     assert [sum("blank" in note and f"{name}.jsonl" in note for note in notes) for name in ("pool", "anchor")] == [1, 1]
 
 
+def test_anchors_of_a_file_each_are_categories(content: dict[str, Any]) -> None:
+    path = Path(content["anchor"])
+    rows = [line.replace('"category": "arithmetic"', '"topic": "sums"') for line in path.read_text().splitlines()]
+    files = [path.with_name(f"{name}.jsonl") for name in ("left", "right")]
+    for file, part in zip(files, (rows[:5], rows[5:]), strict=True):
+        file.write_text("\n".join(part) + "\n")
+    sides = Material.read(parse_config(content | {"anchor": [str(file) for file in files]}, "x.yaml")).sides(0)
+    assert Counter(e.category for e in sides.anchor) == {"left": 5, "right": 3}
+
+
 def test_an_unknown_built_in_test_is_named(content: dict[str, Any]) -> None:
     config = parse_config(content, "x.yaml")
     with pytest.raises(InvalidArgument, match=r"tests\.law must be one of demo:medicine, .* or files, got 'demo:law'"):
