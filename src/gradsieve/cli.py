@@ -227,7 +227,7 @@ def _compare(arguments: list[str]) -> int:
     for note in comparison.material.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if compare.dry_run:
-        expected = forecast(comparison)
+        expected = forecast(comparison, compare.only)
         console.print(command.forecast_table(expected), highlight=False)
         console.print(command.forecast_line(expected), markup=False, highlight=False)
         return 0

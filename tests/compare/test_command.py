@@ -26,6 +26,13 @@ def test_a_dry_run_prints_the_cells(path: Path, capsys: pytest.CaptureFixture[st
     assert not (path.parent / "study").exists()
 
 
+def test_a_dry_run_of_some_arms_is_of_these_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compare", str(path), "--dry-run", "--only", "random@25%"]) == 0
+    assert "2 of 2 cells to do, about" in capsys.readouterr().out
+    assert run(["compare", str(path), "--only", "random@5%"]) == 2
+    assert capsys.readouterr().err == "gradsieve: only must name budgets of the arm (random@25%), got 'random@5%'\n"
+
+
 def test_a_run_says_what_is_done_and_where_to_look(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", str(path), "--minutes", "0"]) == 0
     assert "No cell is finished yet; run the same command again" in capsys.readouterr().out

@@ -34,8 +34,8 @@ def test_finished_cells_count_in_place_of_the_measurement_and_cost_nothing_more(
     trained = [one.record for one in finished.finished() if one.record["training"]]
     spent = sum(r["seconds"]["train"] - r["training"]["surgery_seconds"] for r in trained)
     assert speed.train == pytest.approx(spent / sum(r["training"]["tokens"] for r in trained))
-    assert finished.seconds_left([]) is None
-    left = finished.seconds_left(finished.finished()[:3])
+    assert finished.seconds_left([], finished.cells) is None
+    left = finished.seconds_left(finished.finished()[:3], finished.cells)
     assert left is not None
     assert left > 0
 
@@ -56,6 +56,9 @@ def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
     assert open_stores(comparison.study, comparison.material)
     write_json(store / WHOLE, digests)
     assert not open_stores(comparison.study, comparison.material)
+    (store / WHOLE).unlink()
+    assert passes_left(comparison.study, comparison.material, ["ogs-static", "random"]) > 0
+    assert passes_left(comparison.study, comparison.material, ["random"]) == 0
     content["arms"]["less"] = {"settings": {"warmup_share": 0.5}}
     comparison = Comparison.of(parse_config(content | {"out": str(tmp_path / "other")}, "x.yaml"))
     assert sorted(open_stores(comparison.study, comparison.material).values()) == [[0], [0, 1], [1]]

@@ -261,7 +261,12 @@ def test_some_arms_can_be_run_first(config: Config) -> None:
     with pytest.raises(InvalidArgument, match=r"only must name arms \(.*less.*\), got 'les'"):
         comparison.run(only=["les"])
     assert not comparison.study.exists()
-    assert [one.cell.arm for one in comparison.run(only=["random"])] == ["base", "random"]
+    left: list[float | None] = []
+    assert [one.cell.arm for one in comparison.run(only=["random"], told=lambda *told: left.append(told[-1]))] == [
+        "base",
+        "random",
+    ]
+    assert left[-1] == 0  # of what is run now
     assert "3 cells are not finished" in (comparison.study / "summary.md").read_text()
     done = comparison.run(only=["full"])
     assert [one.cell.arm for one in done] == ["base", "full", "random"]

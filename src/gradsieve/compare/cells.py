@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradsieve.compare.config import BASE, FULL, Config, View
+from gradsieve.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +55,29 @@ def plan_cells(config: Config) -> list[Cell]:
 def budgets(config: Config) -> Sequence[str]:
     """Returns every budget of any arm, the comparison's own first, each once."""
     return list(dict.fromkeys([*config.budgets, *(budget for arm in config.arms for budget in arm.budgets)]))
+
+
+def only_cells(config: Config, only: Sequence[str]) -> list[Cell]:
+    """Returns the cells of some arms, and the untouched model's, in the order they are run; all where `only` is empty.
+
+    Args:
+        config: The comparison.
+        only: Names of arms, each alone or with one of its budgets: ARM or ARM@BUDGET.
+
+    Raises:
+        InvalidArgument: There is no such arm, or it has no such budget.
+    """
+    cells = plan_cells(config)
+    of_arm: dict[str, set[str | None]] = {}
+    for cell in cells:
+        of_arm.setdefault(cell.arm, set()).add(cell.budget)
+    wanted: set[tuple[str, str | None]] = {(BASE, None)}
+    for given in only:
+        name, at, budget = given.partition("@")
+        if name not in of_arm:
+            raise InvalidArgument(f"only must name arms ({', '.join(arm.name for arm in config.arms)}), got {given!r}")
+        if at and budget not in of_arm[name]:
+            have = ", ".join(f"{name}@{own}" for own in budgets(config) if own in of_arm[name]) or f"{name}, which has none"
+            raise InvalidArgument(f"only must name budgets of the arm ({have}), got {given!r}")
+        wanted |= {(name, own) for own in of_arm[name] if not at or own == budget}
+    return [cell for cell in cells if not only or (cell.arm, cell.budget) in wanted]

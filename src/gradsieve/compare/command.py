@@ -32,7 +32,7 @@ class Compare:
         dry_run: List the cells with the time each will take, from a short measurement, and stop.
         drop_leaks: Take examples that stand on two sides out, and list them, in place of refusing.
         minutes: Begin no cell after so many minutes.
-        only: Arms whose cells are run now, with the untouched model; the others are left for later. All by default.
+        only: What is run now, beside the untouched model: ARM, or ARM@BUDGET (grads@5% random). All by default.
     """
 
     config: Annotated[str, tyro.conf.Positional]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsieve.compare.cells import Cell
+from gradsieve.compare.cells import Cell, only_cells
 from gradsieve.compare.config import FULL
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted
@@ -41,19 +41,23 @@ class Forecast:
         return self.gradients + sum(seconds for _, done, seconds in self.cells if not done)
 
 
-def forecast(comparison: Comparison) -> Forecast:
+def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
     """Measures two training steps and an evaluation of a few items, and returns what follows for every cell.
 
     Nothing is written to the comparison's folder. What finished cells took counts in place of the measurement. A token pass
     for gradients (`gradsieve.overhead`) is taken to cost what training on a token does.
+
+    Args:
+        comparison: Made ready.
+        only: What is asked for beside the untouched model, each ARM or ARM@BUDGET; all by default.
     """
-    started = time.perf_counter()
+    started, wanted = time.perf_counter(), only_cells(comparison.config, only)
     done = {one.cell: one.record for one in comparison.finished()}
     known = Speed.of_finished(list(done.values()))
     speed = known if known.train > 0 else _measured(comparison)
     material, config = comparison.material, comparison.config
-    cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in comparison.cells]
-    gradients = speed.train * passes_left(comparison.study, material)
+    cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in wanted]
+    gradients = speed.train * passes_left(comparison.study, material, {cell.arm for cell in wanted})
     return Forecast(cells, gradients, time.perf_counter() - started)
 
 

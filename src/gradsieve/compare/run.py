@@ -21,7 +21,7 @@ import xxhash
 from gradsieve import __version__
 from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
-from gradsieve.compare.cells import Cell, plan_cells
+from gradsieve.compare.cells import Cell, only_cells, plan_cells
 from gradsieve.compare.config import BASE, Config
 from gradsieve.compare.material import Material, tokens_digest
 from gradsieve.compare.page import write_reports
@@ -52,7 +52,7 @@ class Told(Protocol):
     """Is told of every finished cell."""
 
     def __call__(self, finished: Finished, done: int, total: int, seconds_left: float | None) -> None:
-        """`done` of `total` cells are finished; the others will take about `seconds_left`, None while that is unknown."""
+        """`done` of `total` cells are finished; what else is run now takes about `seconds_left`, None while that is unknown."""
         ...
 
 
@@ -106,24 +106,20 @@ class Comparison:
             progress: Is told how far a cell's stages are.
             told: Is told of every cell that is finished here.
             minutes: No cell is begun after so many minutes.
-            only: Names of the arms whose cells are run now, beside the untouched model's; all by default.
+            only: What is run now beside the untouched model, each ARM or ARM@BUDGET; all by default.
 
         Returns:
             The finished cells, in order.
 
         Raises:
-            InvalidArgument: `only` names no arm, or the folder holds a cell that was made with other settings.
+            InvalidArgument: `only` names something else, or the folder holds a cell that was made with other settings.
         """
         started = time.monotonic()
-        for name in only:
-            if name not in (names := [arm.name for arm in self.config.arms]):
-                raise InvalidArgument(f"only must name arms ({', '.join(names)}), got {name!r}")
+        cells = only_cells(self.config, only)
         self._open()
         model: Any = None
         base: KeptBase | None = None
-        for cell in self.cells:
-            if only and cell.arm not in (BASE, *only):
-                continue
+        for cell in cells:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
             with _claimed(cell_folder(self.study, cell)) as ours:
@@ -144,7 +140,7 @@ class Comparison:
                     clear(folder, keep_model=self.config.keep_models)
             write_results(self.study, self.cells)
             done = self.finished()
-            told(done[[one.cell for one in done].index(cell)], len(done), len(self.cells), self.seconds_left(done))
+            told(done[[one.cell for one in done].index(cell)], len(done), len(self.cells), self.seconds_left(done, cells))
         write_results(self.study, self.cells)
         done = self.finished()
         if any(one.cell.arm == BASE for one in done):
@@ -162,13 +158,13 @@ class Comparison:
         assert cell.seed is not None
         return subset(self.study, self.material, self.config.arm(cell.arm), cell.budget, cell.seed, progress)
 
-    def seconds_left(self, done: Sequence[Finished]) -> float | None:
-        """Returns about how long the other cells will take, from what the finished ones took; None before one was trained."""
+    def seconds_left(self, done: Sequence[Finished], cells: Sequence[Cell]) -> float | None:
+        """Returns about how long the others of `cells` will take, from what the finished took; None before one was trained."""
         there = {one.cell for one in done}
         speed = Speed.of_finished([one.record for one in done])
         if not speed.train:
             return None
-        return sum(predicted(self.material, cell, self.config, speed) for cell in self.cells if cell not in there)
+        return sum(predicted(self.material, cell, self.config, speed) for cell in cells if cell not in there)
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 
