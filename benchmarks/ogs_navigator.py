@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=60)
     parser.add_argument("--targets", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"])
     parser.add_argument("--out", type=Path, default=Path("navigator-study"))
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -81,8 +82,9 @@ def main() -> None:
     for role, examples in kept.items():
         files[role] = out / f"{role}.jsonl"
         files[role].write_bytes(b"".join(example.raw + b"\n" for example in examples))
-    needs = {"model": arguments.model, "store": str(out / "store"), "max_length": 256}
-    problem = extract(Job(**needs, **{role: (str(file),) for role, file in files.items()})).problem
+    needs = {"model": arguments.model, "store": str(out / "store"), "max_length": 256, "dtype": arguments.dtype}
+    extraction = extract(Job(**needs, **{role: (str(file),) for role, file in files.items()}))
+    problem, dtype = extraction.problem, extraction.job.dtype
     pool = problem.candidates
     assert problem.targets is not None
     assert problem.anchors is not None
@@ -91,7 +93,7 @@ def main() -> None:
         Surface.loss(problem.targets, cosines(pool, "target")).scaled(1.0, 0.0),
         Surface.loss(problem.anchors, cosines(pool, "anchor")).scaled(0.0, 1.0),
     )
-    model = source.load(resolve_dtype("auto", "cpu"), "cpu")
+    model = source.load(resolve_dtype(dtype, "cpu"), "cpu")
     place = dict(zip(tokens["pool"].ids, tokens["pool"].tokens, strict=True))
     settings = NavigatorSettings(learning_rate=arguments.learning_rate)
     rows, kinds = [], []
@@ -110,7 +112,7 @@ def main() -> None:
         pairs = (some[:, 0], some[:, 1]), (some[:, 2], some[:, 3])
         kl, gain = (f"{spearman(a, b):.2f} (Pearson {pearson(a, b):.2f})" for a, b in pairs)
         print(f"{kind}: {len(some)} subsets, rank correlation of simulated and measured KL {kl}, of the target's gain {gain}")
-    print(f"gradsieve {gs.__version__}, learning rate {arguments.learning_rate}, {BATCH} examples a step")
+    print(f"gradsieve {gs.__version__}, {dtype}, learning rate {arguments.learning_rate}, {BATCH} examples a step")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of extraction runs on any causal language model, and what it writes for machines has the promised shape."""
+"""Benchmarks run on any causal language model; what they write for machines has the promised shape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from gradsieve import models
 from gradsieve.selectors.ogs import OGS
 from gradsieve.selectors.ogs_policy import PPO, train
+from gradsieve.store import GradientStore
 from gradsieve.types import Budget
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "extract.py"
@@ -44,6 +47,18 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tiny_llama: Call
     for peer in ("bergson, 16 x 16 per layer", "dattri-llm, LoGRA 16 x 16 per layer", "Opacus, whole gradients"):
         assert peer in errors or "No module named" in report["missing"][peer]
         assert peer in run.stdout
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--dtype", "auto"], "bfloat16")])
+def test_the_navigator_is_compared_in_the_same_numbers_everywhere(
+    flags: list[str], dtype: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(models, "_fast_bfloat16", lambda _: True)
+    small = ["--pool", "40", "--subsets", "6", "--size", "8", "--anchors", "12", "--targets", "6", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ogs_navigator.py", "--model", str(tiny_model), *small, *flags])
+    runpy.run_path(str(BENCHMARK.with_name("ogs_navigator.py")), run_name="__main__")
+    assert GradientStore.open(tmp_path / "store" / "pool").manifest.settings["dtype"] == dtype
+    assert f", {dtype}, learning rate" in capsys.readouterr().out
 
 
 def test_the_simulator_takes_5000_steps_a_second_and_a_policy_a_minute_at_most() -> None:
