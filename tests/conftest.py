@@ -96,3 +96,13 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def data(write_data: Callable[..., Path]) -> dict[str, str]:
+    """Files with a pool of 24, six targets and six anchors, which share nothing."""
+    return {
+        "pool": str(write_data("pool", 24)),
+        "target": str(write_data("target", 6)),
+        "anchor": str(write_data("anchor", 6, category="arithmetic")),
+    }

@@ -27,15 +27,6 @@ Write = Callable[..., Path]
 SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200, "budget": "25%"}
 
 
-@pytest.fixture
-def data(write_data: Write) -> dict[str, str]:
-    return {
-        "pool": str(write_data("pool", 24)),
-        "target": str(write_data("target", 6)),
-        "anchor": str(write_data("anchor", 6, category="arithmetic")),
-    }
-
-
 def cosines(result: gs.Result, name: str) -> Tensor:
     columns = result.pool.columns
     return columns[f"dot/{name}"] / columns["norm"]

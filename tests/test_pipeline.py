@@ -1,9 +1,7 @@
+"""The main job from files to a folder, and what single methods ask of it."""
+
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 import gradsieve as gs
-from gradsieve.errors import GradsieveError, InvalidArgument, ModelError, StoreMismatch
+from gradsieve.errors import InvalidArgument
 from gradsieve.pipeline import extract
 
 METHODS = [method for method in gs.SELECTORS if method not in ("embedding", "metadata")]  # they need an encoder, a field
@@ -21,15 +19,6 @@ LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the mode
 AS_IT_IS = {"less": {"warmup_share": 0.0}, "g2is": {"warmup_share": 0.0}, "grads": {"probe_epochs": 0}}
 Write = Callable[..., Path]
 SMALL = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
-
-
-@pytest.fixture
-def data(write_data: Write) -> dict[str, str]:
-    return {
-        "pool": str(write_data("pool", 24)),
-        "target": str(write_data("target", 6)),
-        "anchor": str(write_data("anchor", 6, category="arithmetic")),
-    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,55 +63,6 @@ def test_replay_gives_the_same_selection_and_notices_other_data(data: dict[str, 
         replay(tmp_path / "a" / "run.json", tmp_path / "c")
 
 
-def test_every_example_is_scored_or_excluded_with_its_reason(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
-    pool = write_data("pool", 12)
-    long = {"id": "long", "prompt": "x" * 500, "completion": "never reached"}
-    pool.write_text(pool.read_text() + json.dumps(long) + "\n")
-    target = str(write_data("target", 4))
-    result = gs.select(
-        LESS, model=str(tiny_model), pool=str(pool), target=target, budget="3", out=tmp_path / "o", max_length=300, **SMALL
-    )
-    excluded = [json.loads(line) for line in (tmp_path / "o" / "excluded.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["row"]) for row in excluded] == [("long", 12)]
-    assert "300" in excluded[0]["reason"]
-    scores = pq.read_table(tmp_path / "o" / "scores.parquet").to_pydict()
-    assert sorted(scores["row"] + [row["row"] for row in excluded]) == list(range(13))
-    assert len(result.pool.ids) == 12
-
-
-def test_an_example_whose_gradient_is_not_finite_is_excluded(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
-    model, tokenizer = broken_model(tiny_model)
-    pool = write_data("pool", 8)
-    pool.write_text(pool.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
-    result = gs.select(
-        LESS, model=model, tokenizer=tokenizer, pool=str(pool), target=str(write_data("target", 4)), budget="8",
-        out=tmp_path / "o", dim=256,
-    )  # fmt: skip
-    assert [(e.id, "not finite" in e.reason) for e in result.excluded] == [("bad", True)]
-    assert "bad" not in result.pool.ids
-
-
-def broken_model(tiny_model: Path) -> tuple[torch.nn.Module, object]:
-    """The tiny model with a NaN at the letter Q."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer("Q")["input_ids"][0]] = torch.nan
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    return model, tokenizer
-
-
-def test_a_target_whose_gradient_is_not_finite_is_noted(write_data: Write, tiny_model: Path) -> None:
-    model, tokenizer = broken_model(tiny_model)
-    target = write_data("target", 4)
-    target.write_text(target.read_text() + json.dumps({"id": "bad", "prompt": "Q?", "completion": "A"}) + "\n")
-    pool = str(write_data("pool", 8))
-    result = gs.select(LESS, model=model, tokenizer=tokenizer, pool=pool, target=str(target), budget="2", dim=256)
-    assert "1 of the target's gradients are not finite and were left out" in result.notes
-
-
 def test_the_anchor_is_measured_in_every_form_that_a_method_asks_for(
     write_data: Write, data: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -156,26 +96,6 @@ def test_the_anchors_categories_may_be_a_file_each(
     one = gs.select("ogs-static", anchor=files[0], settings={"against": "categories"}, **common)
     assert set(one.references) == {"target", "anchor:general"}
     assert not any("theirs is the file's" in note for note in one.notes)  # nor for the two files of the target
-
-
-def test_an_unfinished_store_is_finished_with_what_it_was_begun_with(
-    data: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    store = tmp_path / "store"
-    common = {"model": str(tiny_model), "budget": "3", "store": str(store), **SMALL}
-    gs.select("ogs-static", **data, **common)
-    shard = max((store / "pool" / "shards").iterdir())
-    shard.unlink()
-    with pytest.raises(StoreMismatch, match="must be finished with the references it was begun with"):
-        gs.select(GRADS, pool=data["pool"], **common)
-    fewer = tmp_path / "fewer.jsonl"
-    fewer.write_text("".join(Path(data["pool"]).read_text().splitlines(keepends=True)[:-1]))
-    common["store"] = str(tmp_path / "plain")
-    gs.select(GRADS, pool=data["pool"], **common)
-    for part in (tmp_path / "plain" / "pool" / "shards").iterdir():
-        part.unlink()
-    with pytest.raises(gs.StoreError, match="must be finished with the examples it was begun with"):
-        gs.select(GRADS, pool=str(fewer), **common)
 
 
 def test_the_categories_of_the_target_are_its_groups(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
@@ -261,59 +181,6 @@ def test_a_number_of_the_examples_can_rank_them(write_data: Write, tiny_model: P
     assert (tmp_path / "o" / "report.html").exists()
 
 
-def test_a_store_serves_methods_that_need_less_and_refuses_others(
-    data: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
-    store = str(tmp_path / "store")
-    gs.select("ogs-static", store=store, **common)
-    before = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
-    gs.select(GRADS, store=store, **common)
-    gs.select(LESS, store=store, **common)
-    assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
-    with pytest.raises(StoreMismatch, match=r"sketch\.dim 256 in the store, 1024 asked for"):
-        gs.select(GRADS, store=store, **(common | {"dim": 1024}))
-    with pytest.raises(StoreMismatch, match=r"references\.anchor absent in the store"):
-        gs.select("orth-only", store=store, **common)
-
-
-def test_a_reused_store_shows_only_the_references_asked_for(
-    data: dict[str, str], tiny_model: Path, write_data: Write, tmp_path: Path
-) -> None:
-    code = str(write_data("code", 6, category="code"))
-    settings = {"form": "filter", "draw": "random", "drop": 50.0}
-    common = {"model": str(tiny_model), "pool": data["pool"], "budget": "6", "settings": settings, **SMALL}
-    store = str(tmp_path / "store")
-    gs.select("ogs-static", target=data["target"], anchor=(data["anchor"], code), store=store, **common)
-    reused = gs.select("ogs-static", anchor=data["anchor"], store=store, **common)
-    alone = gs.select("ogs-static", anchor=data["anchor"], store=str(tmp_path / "other"), **common)
-    assert reused.selection.trace["references"] == ["contrast/anchor:arithmetic"]
-    assert set(reused.references) == {"contrast/anchor:arithmetic"}
-    assert [e.id for e in reused.examples] == [e.id for e in alone.examples]
-
-
-def test_what_is_left_out_or_cut_is_noted(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
-    target = Path(data["target"])
-    target.write_text(target.read_text() + json.dumps({"id": "long", "prompt": "x" * 400, "completion": "y"}) + "\n")
-    common = {"model": str(tiny_model), "pool": data["pool"], "target": str(target), "budget": "5", **SMALL}
-    notes = gs.select(LESS, max_length=300, **common).notes
-    assert any("1 of 7 examples of the target could not be used" in note and "300" in note for note in notes)
-    assert not any("cut" in note for note in notes)
-    cut = gs.select(LESS, max_length=100, **common)
-    count = sum(tokens.truncated for tokens in cut.sets["pool"].tokens)
-    assert count > 0
-    assert any(f"{count} of 24 examples of the pool are longer than 100 tokens and were cut" in note for note in cut.notes)
-
-
-def test_examples_in_memory_need_unique_ids(tiny_model: Path) -> None:
-    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
-    twice = [gs.Example("x", turns, b"{}", "memory:1"), gs.Example("x", turns, b"{}", "memory:2")]
-    with pytest.raises(InvalidArgument, match=r"pool must have unique ids, got 'x' at memory:1 and memory:2"):
-        gs.select(GRADS, model=str(tiny_model), pool=twice, budget="1", **SMALL)
-    with pytest.raises(InvalidArgument, match="pool must be files or examples, not both"):
-        gs.select(GRADS, model=str(tiny_model), pool=[twice[0], "pool.jsonl"], budget="1", **SMALL)
-
-
 def test_replay_works_from_another_folder(
     data: dict[str, str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,39 +209,6 @@ def test_extract_serves_every_method(data: dict[str, str], tiny_model: Path, tmp
     assert {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")} == shards
 
 
-def test_a_forward_pass_does_where_no_gradient_is_read_and_beside_gradients_gives_the_same(
-    data: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    common = {"model": str(tiny_model), "pool": data["pool"], "target": data["target"], "budget": "6", **SMALL}
-    alone = gs.select("rds", store=str(tmp_path / "alone"), **common)
-    assert [cost.stage for cost in alone.clock.costs if "forward" in cost.stage or "gradients" in cost.stage] == [
-        "forward pass of the pool",
-        "forward pass of the target",
-    ]
-    assert {p.name for p in (tmp_path / "alone").iterdir()} == {"forward"}
-    assert (alone.pool.dim, alone.pool.checkpoints, alone.pool.representations) == (0, (), ("hidden",))
-    extract(
-        gs.Job(model=str(tiny_model), store=str(tmp_path / "both"), pool=(data["pool"],), target=(data["target"],), **SMALL)
-    )
-    beside = gs.select("rds", store=str(tmp_path / "both"), **common)
-    assert {p.name for p in (tmp_path / "both").iterdir()} == {"pool", "target"}
-    assert beside.pool.dim == 256
-    assert torch.equal(alone.selection.rows, beside.selection.rows)
-    assert torch.allclose(alone.selection.scores, beside.selection.scores, atol=1e-3)
-    one_by_one = gs.select("rds", store=str(tmp_path / "other"), **(common | {"batch_tokens": 1}))  # no padding
-    assert torch.allclose(alone.selection.scores, one_by_one.selection.scores, atol=1e-3)
-
-
-def test_a_forward_pass_and_gradients_share_a_store_folder_in_either_order(
-    data: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    common = {"model": str(tiny_model), "pool": data["pool"], "target": data["target"], "budget": "6", **SMALL}
-    first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    for store, methods in ((first, ("perplexity", "rds", "gradmatch")), (second, ("gradmatch", "rds", "perplexity"))):
-        chosen = {method: gs.select(method, store=store, **common).selection.rows.tolist() for method in methods}
-        assert chosen == {m: gs.select(m, store=str(tmp_path / m), **common).selection.rows.tolist() for m in methods}
-
-
 def test_ifd_reads_the_loss_of_the_same_tokens_with_and_without_the_prompt(
     data: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -396,169 +230,12 @@ def test_ifd_reads_the_loss_of_the_same_tokens_with_and_without_the_prompt(
     assert not any("gradients" in stage for stage in stages)
 
 
-def test_duplicates_are_left_out_before_the_method_and_shown(
-    write_data: Write, tiny_model: Path, data: dict[str, str], tmp_path: Path
-) -> None:
-    pool = write_data("pool", 12)
-    rows = [json.loads(line) for line in pool.read_text().splitlines()]
-    copy, near = {**rows[3], "id": "zz-copy"}, {**rows[5], "id": "zz-near"}
-    near |= {key: near[key].upper() + "!" for key in ("prompt", "completion")}
-    pool.write_text("".join(json.dumps(row) + "\n" for row in [copy, near, *rows]))
-    common = {"model": str(tiny_model), "pool": str(pool), "budget": "100%", **SMALL}
-    out = tmp_path / "out"
-    result = gs.select("length", out=out, dedup="near", dedup_threshold=0.99, **common)
-    excluded = [json.loads(line) for line in (out / "excluded.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["row"], row["reason"]) for row in excluded] == [
-        ("zz-copy", 0, f"copy of {rows[3]['id']}"),
-        ("zz-near", 1, f"near-duplicate of {rows[5]['id']}"),
-    ]
-    assert len(result.examples) == 12
-    assert any("2 of 14 usable examples of the pool repeat one of 2 others" in note for note in result.notes)
-    page = (out / "report.html").read_text()
-    assert "left out, because they repeat it" in page
-    assert "near-duplicate of another example" in page
-    assert len(gs.select("length", dedup="exact", **common).examples) == 13
-    assert len(gs.select("length", **common).examples) == 14
-    with pytest.raises(InvalidArgument, match="dedup must be one of off, exact, near"):
-        gs.select("length", dedup="fuzzy", **common)
-
-
 def test_bm25_reads_words_alone(data: dict[str, str], tiny_model: Path) -> None:
     result = gs.select("bm25", model=str(tiny_model), pool=data["pool"], target=data["target"], budget="6", **SMALL)
     assert not any("pass" in cost.stage or "gradients" in cost.stage for cost in result.clock.costs)
     assert result.pool.columns["bm25/target"].max() > 0
     with pytest.raises(InvalidArgument, match=r"bm25 needs --target"):
         gs.select("bm25", model=str(tiny_model), pool=data["pool"], budget="6", **SMALL)
-
-
-def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in Path(data["anchor"]).read_text().splitlines()][:4]
-    wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text("".join(json.dumps({**row, "completion": "No idea."}) + "\n" for row in rows))
-    common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
-    own = gs.select("ogs-static", corrupted=(str(wrong),), **common)
-    assert own.references["contrast/anchor:arithmetic"].count == 4
-    assert any("2 of 6 examples of anchor:arithmetic" in note for note in own.notes)
-    built_in = gs.select("ogs-static", **common)
-    assert built_in.references["contrast/anchor:arithmetic"].count == 6
-    wrong.write_text(json.dumps({"id": "stranger", "prompt": "a", "completion": "b"}) + "\n")
-    assert "got " + str(wrong) in bad({"corrupted": (str(wrong),)}, data, tiny_model)
-
-
-def test_a_killed_run_ends_with_the_bytes_of_a_whole_one(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
-    data = {"pool": str(write_data("pool", 150)), "target": str(write_data("target", 10))}
-    command = [
-        sys.executable, "-m", "gradsieve.cli", "select", "less", "--warmup-share", "0", "--model", str(tiny_model),
-        "--pool", data["pool"],
-        "--target", data["target"], "--budget", "10%", "--dim", "256", "--dtype", "float32", "--unit-tokens", "500",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(out: str) -> subprocess.Popen[bytes]:
-        folder = ["--out", str(tmp_path / out)]
-        return subprocess.Popen([*command, *folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-    def shards(out: str) -> dict[str, bytes]:
-        store = tmp_path / out / "store"
-        return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*.safetensors"))}
-
-    whole = run("whole")
-    assert whole.wait() == 0, whole.stderr.read().decode()
-    killed = run("killed")
-    deadline = time.monotonic() + 180
-    while len(shards("killed")) < 4:
-        assert time.monotonic() < deadline
-        assert killed.poll() is None, killed.stderr.read().decode()
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "store").rglob("0*.safetensors")}
-    assert len(there) < len(shards("whole"))
-    resumed = run("killed")
-    assert resumed.wait() == 0, resumed.stderr.read().decode()
-    assert shards("killed") == shards("whole")
-    assert all(path.stat().st_mtime_ns == changed for path, changed in there.items())
-    assert (tmp_path / "killed" / "selected.jsonl").read_bytes() == (tmp_path / "whole" / "selected.jsonl").read_bytes()
-    for process in (whole, killed, resumed):
-        process.stderr.close()
-
-
-def bad(change: dict[str, object], data: dict[str, str], tiny_model: Path) -> str:
-    arguments = {"model": str(tiny_model), **data, "budget": "5", **SMALL, **change}
-    method = str(arguments.pop("method", "ogs-static"))
-    with pytest.raises(GradsieveError) as caught:
-        gs.select(method, **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_bad_input_is_named_before_the_model_is_loaded(
-    data: dict[str, str], tiny_model: Path, write_data: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gradsieve.models import ModelSource
-
-    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text(Path(data["pool"]).read_text() + '{"prompt": "x", "compl\n')
-    roles = tmp_path / "roles.jsonl"
-    roles.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}) + "\n")
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    plain = tmp_path / "file.txt"
-    plain.touch()
-    cases = {
-        "nowhere.jsonl": {"pool": str(tmp_path / "nowhere.jsonl")},
-        "broken.jsonl:25": {"pool": str(broken)},
-        "roles.jsonl:1": {"pool": str(roles)},
-        "empty.jsonl": {"pool": str(empty)},
-        "budget must be above 0": {"budget": "0"},
-        "[1, 24]": {"budget": "25"},
-        "needs --target": {"target": ()},
-        "needs --anchor": {"anchor": ()},
-        "anchor must not share": {"anchor": data["target"]},
-        "target must not share": {"target": data["pool"]},
-        "out must be a folder": {"out": plain},
-        "method must be one of": {"method": "ogz"},
-        "fields of Job, got poool": {"poool": "x"},
-        "settings of ogs-static": {"settings": {"droop": 1}},
-        "which does not exist": {"model": "/nowhere/model"},
-        "dim must lie in": {"dim": 3},
-        "device must be usable": {"device": "warp"},
-        "chat_template must be": {"chat_template": str(tmp_path / "none.jinja")},
-    }
-    for expected, change in cases.items():
-        assert expected in bad(change, data, tiny_model)
-
-
-def test_models_without_tokenizer_template_or_safe_weights_are_refused(
-    data: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    import shutil
-
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(tiny_model, tmp_path / name))
-
-    bare = copy("bare")
-    for file in bare.glob("tokenizer*"):
-        file.unlink()
-    (bare / "chat_template.jinja").unlink(missing_ok=True)
-    assert "must have a tokenizer" in bad({"model": str(bare)}, data, tiny_model)
-    speechless = copy("speechless")
-    (speechless / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((speechless / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (speechless / "tokenizer_config.json").write_text(json.dumps(config))
-    message = bad({"model": str(speechless)}, data, tiny_model)
-    assert "chat template" in message
-    assert "--chat-template" in message
-    unsafe = copy("unsafe")
-    (unsafe / "model.safetensors").rename(unsafe / "pytorch_model.bin")
-    assert "pytorch_model.bin, which can run code" in bad({"model": str(unsafe)}, data, tiny_model)
-    cut = copy("cut")
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50])
-    with pytest.raises(ModelError, match="could not be loaded"):
-        gs.select(GRADS, model=str(cut), pool=data["pool"], budget="5", **SMALL)
 
 
 def lines_of(result: gs.Result) -> list[str]:
