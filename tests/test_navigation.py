@@ -46,6 +46,13 @@ def test_the_anchor_is_halved_by_category_whatever_its_order(tokenized):
         assert Counter(half.examples[i].category for i in half.kept) == sizes
 
 
+def test_every_category_is_halved_by_itself(tokenized):
+    names = ("facts", "code", "math", "logic")
+    anchor = tokenized(*((name, 6) for name in names))
+    for half in split_anchor(anchor):
+        assert Counter(half.examples[i].category for i in half.kept) == dict.fromkeys(names, 3)
+
+
 def test_equal_examples_stay_together(tokenized):
     anchor = tokenized(("math", 5))
     twice = anchor.restricted("anchor", [0, 0, 1, 2, 3, 3, 4])
@@ -86,6 +93,8 @@ def test_gymnasium_accepts_the_environment_of_real_optimizer_steps(write_data: W
     problem = run.problem(data, str(tiny_model), None)
     assert run.navigator is not None
     with run.navigator as navigator:
+        assert (navigator.settings.learning_rate, navigator.settings.warmup) == (1e-2, 1)
+        assert navigator.trained_tokens > 0  # the warm-up
         env = method.environment(problem, Budget.parse("9"), torch.Generator().manual_seed(0))
         check_env(env, skip_render_check=True)
         env.reset()

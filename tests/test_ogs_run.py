@@ -15,9 +15,11 @@ import torch
 import gradsieve as gs
 from gradsieve.cli import run
 from gradsieve.models import find_model
+from gradsieve.navigation import split_anchor
 from gradsieve.outputs import page
 from gradsieve.report import facts
 from gradsieve.report.content import content
+from gradsieve.train.navigator import LoRANavigator
 
 Write = Callable[..., Path]
 QUICK = ("--clusters", "3", "--updates", "2", "--episodes", "3", "--batch", "2")
@@ -134,3 +136,35 @@ def test_a_smaller_navigator_counts_by_its_size(write_data: Write, tiny_model: P
     assert given.whole == own.whole
     with pytest.raises(gs.InvalidArgument, match="--model must name"):  # what the work is held against
         gs.select("orth-only", navigator=str(small), **common)
+
+
+@pytest.mark.parametrize(("constraint", "passes"), [("kl", 2), ("loss", 1)])
+def test_what_the_navigator_did_is_in_the_overhead(
+    constraint: str, passes: int, write_data: Write, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    step = LoRANavigator.step
+    held: list[Any] = []
+
+    def counted(navigator: LoRANavigator, rows: torch.Tensor) -> None:
+        trained.append(sum(len(navigator._candidates[row].input_ids) for row in rows.tolist()))
+        step(navigator, rows)
+
+    monkeypatch.setattr(LoRANavigator, "step", counted)
+    monkeypatch.setattr("gradsieve.run.split_anchor", lambda anchor: held.append(split_anchor(anchor)) or held[0])
+    settings = {"clusters": 2, "updates": 1, "episodes": 2, "batch": 3, "measurements": 2, "fidelity": "navigator"}
+    sets = {name: str(write_data(name, n)) for name, n in (("pool", 12), ("target", 4), ("anchor", 5))}
+    result = gs.select(
+        "ogs",
+        settings={**settings, "constraint": constraint},
+        model=str(tiny_model),
+        budget="6",
+        dim=256,
+        dtype="float32",
+        **sets,
+    )
+    assert result.overhead is not None
+    pool, target, reference = (sum(result.sets[role].lengths) for role in ("pool", "target", "anchor"))
+    gradients = pool + 2 * target + 2 * reference  # their own, and those of the references
+    measured = 10 * (target + passes * sum(held[0][1].lengths))  # twice (start, two places), then twice (start, end)
+    assert result.overhead.choosing == pytest.approx(gradients + sum(trained) + measured / 2)

@@ -98,6 +98,15 @@ def test_agreement_that_fresh_weights_reach_too_is_refused():
     assert better.gain[0] < better.rho - better.untrained < better.gain[1]
 
 
+def test_to_be_better_than_fresh_weights_is_not_enough():
+    b = ranked(5, 250, 1.0)[0]
+    verdict = judged(ranked(0, 250, 1.0)[0], b, {id: -v for id, v in b.items()})
+    assert verdict.gain[0] > 0.5
+    assert verdict.interval[0] < 0 < verdict.interval[1]
+    assert verdict.refused
+    assert any("the interval is not above 0" in note for note in verdict.notes)
+
+
 def test_the_plot_shows_every_example_inside_its_frame():
     a, b = ranked(1, 30, 0.3)
     verdict = judge({"navigator": a, "model": b, "untrained": ranked(2, 30, 1.0)[0]}, 100, 0, [])

@@ -159,8 +159,8 @@ class Run:
         trained = self.navigator.trained_tokens if self.navigator is not None else 0
         measured = 0
         if self.navigator is not None and self.held_out is not None:
-            each = sum(self.sets["target"].lengths) + 2 * sum(self.held_out.lengths)  # KL needs the base model's too
-            measured = self.navigator.measured * each
+            calls, held = self.navigator.measured, sum(self.held_out.lengths)
+            measured = calls.total() * (sum(self.sets["target"].lengths) + held) + calls["kl"] * held  # the base model's too
         ratio = 1.0
         if self.job.navigator:
             ratio = weight_count(self.job.navigator) / self.trained_weights

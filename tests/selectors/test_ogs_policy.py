@@ -298,8 +298,10 @@ def test_a_policy_trained_on_five_clusters_runs_on_three_and_nine():
         assert gain > play(free, untrained, torch.zeros(1))[0].total[0]
 
 
-def test_the_multiplier_follows_the_greedy_cost_by_plain_sgd():
+@pytest.mark.parametrize("tightness", [1.0, 3.0])
+def test_the_multiplier_follows_the_greedy_cost_by_plain_sgd(tightness):
     sim, _ = linear(0)
+    sim = replace(sim, epsilon=sim.epsilon / tightness)
     rate = 0.3
     trained = train(sim, PPO(updates=6, multiplier_rate=rate), torch.Generator().manual_seed(0))
     unit = sim.reward_scale / sim.epsilon
@@ -308,6 +310,7 @@ def test_the_multiplier_follows_the_greedy_cost_by_plain_sgd():
         assert value == pytest.approx(expected * unit)
         expected = max(0.0, expected + rate * min(cost / sim.epsilon - 1, 1.0))
     assert expected > 0
+    assert (max(trained.history["cost/greedy"]) > 2 * sim.epsilon) == (tightness > 1)  # where it counts as 2 ε
 
 
 def test_the_frozen_policy_is_that_of_the_best_round_and_can_be_run_again():

@@ -100,7 +100,7 @@ def test_reset_is_the_start_again_exactly(tiny_model):
         assert all(torch.equal(a, b) for a, b in zip(adapters(navigator), start, strict=True))
         assert navigator.losses("loss") == before
         assert episode() == first  # the optimizer has forgotten too
-        assert navigator.measured == 4
+        assert navigator.measured == {"loss": 4}
         assert navigator.trained_tokens == 2 * sum(len(pool[row].input_ids) for row in range(4))
 
 

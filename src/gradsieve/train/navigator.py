@@ -6,6 +6,7 @@ dozen steps and its start is restored a few times, without loading anything agai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -77,7 +78,7 @@ class LoRANavigator:
 
     Attributes:
         trained_tokens: Tokens without padding that went through a forward and backward pass so far, the warm-up's included.
-        measured: How often `measure` was called.
+        measured: How often `measure` was called for each cost.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class LoRANavigator:
     ) -> None:
         self.settings = settings or NavigatorSettings()
         self.trained_tokens = 0
-        self.measured = 0
+        self.measured: Counter[Cost] = Counter()
         self._candidates, self._measure = candidates, measure
         if hasattr(model, "peft_config"):
             raise ModelError("the Navigator must be a model without adapters, got one that has some; merge them first")
@@ -141,7 +142,7 @@ class LoRANavigator:
 
     def losses(self, cost: Cost) -> tuple[float, float]:
         """Returns (L_dom, L_gen) of the model as it stands."""
-        self.measured += 1
+        self.measured[cost] += 1
         return self._measure(self._live, cost)
 
     def _warm_up(self) -> None:
