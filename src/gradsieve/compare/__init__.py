@@ -11,6 +11,10 @@ run           cell by cell
 speed         what a cell takes, from what others took
 estimate      how long it will take
 statistics    paired bootstrap over items and seeds
+paired        differences between any two arms, with their intervals
+summary       what can be said: where each arm stands, who is better than whom
+page          the report: tables (CSV, Markdown), figures (SVG)
+command       the flags, and what is printed
 """
 
 from gradsieve.compare.config import Arm, Config, TestFiles, load_config

@@ -5,35 +5,25 @@
     standing     one arm at one budget in one view: its gain on the target tests and its forgetting, each averaged over the
                  tests, in the metric that is looked at first
 
-Differences are paired: the same items, the same seeds (of `base`, in which nothing is random, the values stand for every seed).
+How two arms are paired, `gradsieve.compare.paired` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, FULL, RANDOM
-from gradsieve.compare.records import Finished, Measurements, read_json
-from gradsieve.compare.statistics import Draws, Estimate, Floats, Verdict, estimate, front, interval, replicates, tally
+from gradsieve.compare.paired import Key, Paired
+from gradsieve.compare.records import Finished, read_json
+from gradsieve.compare.statistics import Estimate, Verdict, front, tally
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
-
-LOWER_IS_BETTER = frozenset(
-    {"loss", "nll", "key_loss", "kl", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
-)
-"""Metrics of which less is better; of all others more is."""
-
-Key = tuple[str, str | None, str]
-"""An arm at a budget in a view."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,73 +169,6 @@ class Summary:
         return [one for one in both if one.dominates]
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Everything that was measured: values by arm, seed, test and metric."""
-
-    finished: Sequence[Finished]
-    roles: Mapping[str, str]
-    resamples: int
-    _measured: dict[Cell, Measurements] = field(default_factory=dict)
-    _drawn: dict[tuple[str, int], npt.NDArray[np.uint16]] = field(default_factory=dict)  # the same for all arms
-
-    @cached_property
-    def base(self) -> Measurements:
-        return self.measured(Cell(BASE))
-
-    @cached_property
-    def seeds(self) -> Mapping[Key, list[int]]:
-        """The seeds of each arm at each budget in each view."""
-        found: dict[Key, list[int]] = {}
-        for one in self.finished:
-            cell = one.cell
-            if cell.seed is not None and cell.view is not None:
-                found.setdefault((cell.arm, cell.budget, cell.view), []).append(cell.seed)
-        return found
-
-    def measured(self, cell: Cell) -> Measurements:
-        if cell not in self._measured:
-            found = next(one for one in self.finished if one.cell == cell)
-            self._measured[cell] = found.measurements()
-        return self._measured[cell]
-
-    def values(self, key: Key, seeds: Sequence[int], test: str, metric: str) -> Floats:
-        """Returns the values of an arm, [S, I]: those of the items that have one."""
-        arm, budget, view = key
-        known = ~np.isnan(self.base.values[test][metric])
-        if arm == BASE:
-            return np.tile(self.base.values[test][metric][known], (len(seeds), 1))
-        rows = []
-        for seed in seeds:
-            cell = Cell(arm, budget, seed, view)  # type: ignore[arg-type]
-            measured = self.measured(cell)
-            row = measured.values[test][metric]
-            if list(measured.items[test]) != list(self.base.items[test]) or (np.isnan(row) == known).any():
-                raise DataError(f"{cell.name}: its values of {metric} on {test} must be of the items of base, got others")
-            rows.append(row[known])
-        return np.stack(rows)
-
-    def difference(self, key: Key, other: Key, test: str, metric: str) -> Floats | None:
-        """Returns by how much an arm is better than another, [S, I]; None where they share no seed."""
-        seeds = self.seeds.get(key, []) if other[0] == BASE else _shared(self.seeds.get(key, []), self.seeds.get(other, []))
-        if not seeds:
-            return None
-        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-        return sign * (self.values(key, seeds, test, metric) - self.values(other, seeds, test, metric))
-
-    def estimate(self, table: Floats, test: str, metric: str) -> Estimate:
-        return estimate(table, *self._draws(table, test, metric))
-
-    def replicates(self, table: Floats, test: str, metric: str) -> Floats:
-        return replicates(table, *self._draws(table, test, metric))
-
-    def _draws(self, table: Floats, test: str, metric: str) -> tuple[Draws, Floats]:
-        draws, key = Draws.of(len(table), self.resamples), (f"{test}/{metric}", table.shape[1])
-        if key not in self._drawn:
-            self._drawn[key] = draws.items(*key).astype(np.uint16)
-        return draws, self._drawn[key].astype(np.float64)
-
-
 def summarise(
     finished: Sequence[Finished], record: Mapping[str, Any], missing: Sequence[str] = (), resamples: int = 4000
 ) -> Summary:
@@ -264,19 +187,19 @@ def summarise(
     if not any(one.cell.arm == BASE for one in finished):
         raise DataError("the cell base must be finished before anything can be compared, got none; run gradsieve compare")
     roles = {name: test["role"] for name, test in (config["tests"] | config.get("tasks", {})).items()}
-    table = _Table(finished, roles, resamples)
-    metrics = list(dict.fromkeys(metric for values in table.base.values.values() for metric in values))
+    paired = Paired(finished, roles, resamples)
+    metrics = list(dict.fromkeys(metric for values in paired.base.values.values() for metric in values))
     gain_metric = next(metric for metric in metrics if metric != "kl")
     general = [test for test, role in roles.items() if role == "general"]
     forgetting_metric = ("kl" if "kl" in metrics else gain_metric) if general else None
     effects = [
-        effect
-        for key in table.seeds
-        for test, values in table.base.values.items()
+        _effect(paired, key, test, metric)
+        for key in paired.seeds
+        for test, values in paired.base.values.items()
         for metric in values
-        if (effect := _effect(table, key, test, metric)) is not None
+        if paired.has(test, metric)
     ]
-    standings = _standings(table, effects, gain_metric, forgetting_metric)
+    standings = _standings(paired, effects, gain_metric, forgetting_metric)
     return Summary(
         name=str(config["source"]),
         gain_metric=gain_metric,
@@ -284,7 +207,7 @@ def summarise(
         roles=roles,
         effects=effects,
         standings=standings,
-        pairs=_pairs(table, gain_metric, forgetting_metric),
+        pairs=_pairs(paired, gain_metric, forgetting_metric),
         overlaps=_overlaps(finished),
         generations=_generations(finished),
         missing=list(missing),
@@ -293,89 +216,68 @@ def summarise(
     )
 
 
-def _effect(table: _Table, key: Key, test: str, metric: str) -> Effect | None:
+def _effect(paired: Paired, key: Key, test: str, metric: str) -> Effect:
     arm, budget, view = key
-    if metric not in table.base.values[test] or np.isnan(table.base.values[test][metric]).all():
-        return None
-    against: dict[str, Estimate | None] = {}
-    for name, other in ((BASE, (BASE, None, view)), (RANDOM, (RANDOM, budget, view)), (FULL, (FULL, None, view))):
-        difference = None if other == key else table.difference(key, other, test, metric)
-        against[name] = None if difference is None else table.estimate(difference, test, metric)
-    values = table.values(key, table.seeds[key], test, metric)
-    base = table.values((BASE, None, view), [0], test, metric)
-    return Effect(arm, budget, view, test, table.roles[test], metric, float(values.mean()), float(base.mean()), against)
+    others: dict[str, Key] = {BASE: (BASE, None, view), RANDOM: (RANDOM, budget, view), FULL: (FULL, None, view)}
+    against = {name: None if other == key else paired.difference(key, other, test, metric) for name, other in others.items()}
+    values = paired.values(key, paired.seeds[key], test, metric)
+    base = paired.values((BASE, None, view), [0], test, metric)
+    return Effect(arm, budget, view, test, paired.roles[test], metric, float(values.mean()), float(base.mean()), against)
 
 
-def _standings(table: _Table, effects: Sequence[Effect], gain: str, forgetting: str | None) -> list[Standing]:
-    views = list(dict.fromkeys(view for _, _, view in table.seeds))
-    return [standing for view in views for standing in _of_view(table, effects, view, gain, forgetting)]
+def _standings(paired: Paired, effects: Sequence[Effect], gain: str, forgetting: str | None) -> list[Standing]:
+    views = list(dict.fromkeys(view for _, _, view in paired.seeds))
+    return [standing for view in views for standing in _of_view(paired, effects, view, gain, forgetting)]
 
 
-def _of_view(table: _Table, effects: Sequence[Effect], view: str, gain: str, forgetting: str | None) -> list[Standing]:
-    keys = [key for key in table.seeds if key[2] == view]
+def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, forgetting: str | None) -> list[Standing]:
+    keys = [key for key in paired.seeds if key[2] == view]
     base: Key = (BASE, None, view)
-    gains = {key: _over_tests(table, key, base, "target", gain) for key in keys}
-    losses = {key: _over_tests(table, key, base, "general", forgetting) for key in keys} if forgetting else {}
-    most = max(len(table.seeds[key]) for key in keys)
-    whole = [key for key in keys if len(table.seeds[key]) == most]
+    gains = {key: paired.over_tests(key, base, "target", gain) for key in keys}
+    losses = {key: paired.over_tests(key, base, "general", forgetting) for key in keys} if forgetting else {}
+    most = max(len(paired.seeds[key]) for key in keys)
+    whole = [key for key in keys if len(paired.seeds[key]) == most]
     on_front = dict.fromkeys(keys, (False, math.nan))
     if forgetting:
         points = np.array([[gains[key][0].mean, -losses[key][0].mean] for key in whole] + [[0.0, 0.0]])
-        drawn = np.stack([np.stack([gains[key][1], -losses[key][1]]) for key in whole] + [np.zeros((2, table.resamples))])
+        drawn = np.stack([np.stack([gains[key][1], -losses[key][1]]) for key in whole] + [np.zeros((2, paired.resamples))])
         once, often = front(points[:, 0], points[:, 1]), front(drawn[:, 0].T, drawn[:, 1].T).mean(0)
         on_front |= {key: (bool(once[i]), float(often[i])) for i, key in enumerate(whole)}
     return [
         _standing(
-            table,
+            paired,
             effects,
             key,
-            (gains[key][0], _over_random(table, key, gain), _turned(losses[key][0]) if forgetting else None),
+            (gains[key][0], _over_random(paired, key, gain), _turned(losses[key][0]) if forgetting else None),
             on_front[key],
         )
         for key in keys
     ]
 
 
-def _over_random(table: _Table, key: Key, metric: str) -> Estimate | None:
+def _over_random(paired: Paired, key: Key, metric: str) -> Estimate | None:
     random: Key = (RANDOM, key[1], key[2])
-    if key == random or not _shared(table.seeds[key], table.seeds.get(random, [])):
+    if key == random or not paired.shared(key, random):
         return None
-    return _over_tests(table, key, random, "target", metric)[0]
+    return paired.over_tests(key, random, "target", metric)[0]
 
 
-def _pairs(table: _Table, gain: str, forgetting: str | None) -> list[Pair]:
+def _pairs(paired: Paired, gain: str, forgetting: str | None) -> list[Pair]:
     return [
         Pair(
             key[2],
             _label(*key[:2]),
             _label(*other[:2]),
-            _over_tests(table, key, other, "target", gain)[0],
-            _over_tests(table, key, other, "general", forgetting)[0] if forgetting else None,
+            paired.over_tests(key, other, "target", gain)[0],
+            paired.over_tests(key, other, "general", forgetting)[0] if forgetting else None,
         )
-        for key, other in combinations(table.seeds, 2)
-        if key[2] == other[2] and _shared(table.seeds[key], table.seeds[other])
+        for key, other in combinations(paired.seeds, 2)
+        if key[2] == other[2] and paired.shared(key, other)
     ]
 
 
 def _label(arm: str, budget: str | None) -> str:
     return f"{arm} {budget}" if budget else arm
-
-
-def _over_tests(table: _Table, key: Key, other: Key, role: str, metric: str) -> tuple[Estimate, Floats]:
-    """Returns the difference to another arm in a metric, averaged over a role's tests that have it, and its replicates [B]."""
-    tables = {
-        test: table.difference(key, other, test, metric)
-        for test, own in table.roles.items()
-        if own == role and metric in table.base.values[test] and not np.isnan(table.base.values[test][metric]).all()
-    }
-    if not tables:
-        raise DataError(f"tests of role {role} must have the metric {metric}, got none that does; add it to their metrics")
-    present = {test: values for test, values in tables.items() if values is not None}
-    drawn = np.mean([table.replicates(values, test, metric) for test, values in present.items()], axis=0)
-    mean = float(np.mean([values.mean() for values in present.values()]))
-    items = sum(values.shape[1] for values in present.values())
-    seeds = max(len(values) for values in present.values())
-    return Estimate(mean, *interval(drawn), seeds, items), drawn
 
 
 def _turned(found: Estimate) -> Estimate:
@@ -384,14 +286,14 @@ def _turned(found: Estimate) -> Estimate:
 
 
 def _standing(
-    table: _Table,
+    paired: Paired,
     effects: Sequence[Effect],
     key: Key,
     found: tuple[Estimate, Estimate | None, Estimate | None],
     on_front: tuple[bool, float],
 ) -> Standing:
     own = [effect for effect in effects if (effect.arm, effect.budget, effect.view) == key]
-    records = [one.record for one in table.finished if (one.cell.arm, one.cell.budget, one.cell.view) == key]
+    records = [one.record for one in paired.finished if (one.cell.arm, one.cell.budget, one.cell.view) == key]
     verdicts = {name: _tally(own, name) for name in (RANDOM, FULL)}
     seconds = {name: _mean([r["seconds"][name] for r in records]) for name in ("gradients", "select", "train", "evaluate")}
     seconds["surgery"] = _mean([r["training"]["surgery_seconds"] for r in records])
@@ -470,7 +372,3 @@ def _notes(
     if added:
         notes.append(f"{', '.join(added)} added, because no comparison may lack them")
     return notes
-
-
-def _shared(seeds: Sequence[int], others: Sequence[int]) -> list[int]:
-    return [seed for seed in seeds if seed in others]
