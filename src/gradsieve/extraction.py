@@ -24,7 +24,7 @@ from gradsieve.references import Source, digest_of
 from gradsieve.store import GradientStore, Manifest, Unit
 
 log = logging.getLogger(__name__)
-ENGINE_VERSION = 4  # raised whenever the numbers of a row change
+ENGINE_VERSION = 5  # raised whenever the numbers of a row change
 
 
 def manifest(model: ModelSource, compute: ComputeSettings, references: Mapping[str, Source]) -> Manifest:

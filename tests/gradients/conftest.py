@@ -108,7 +108,7 @@ class Naive:
         """Σ P_outᵀ G P_in over the parameters, or G's signed entries at their places, folded to d numbers."""
         readers = {} if set(names) <= set(self.ends) else first_readers(self.model, names)
         readers = {name: reader for name, reader in readers.items() if name not in self.ends}
-        cells = torch.zeros(plan.side, plan.side, dtype=torch.float64)
+        cells = torch.zeros(*plan.sides, dtype=torch.float64)
         for name in names:
             G, key = self.gradients[z][name], "tied" if self.tied and name in self.ends else name
             if G.shape[1] == 1:
@@ -120,8 +120,8 @@ class Naive:
                 sign = plan.signs(f"{key}/out", len(i))[:, None] * plan.signs(f"{key}/in", len(j))
                 cells.view(-1).index_add_(0, place.flatten(), (G * sign).flatten())
             else:
-                left = plan.projection(f"{key}/out", G.shape[0]).double()
-                right = plan.projection(f"{readers.get(name, key)}/in", G.shape[1]).double()
+                left = plan.projection(key, "out", G.shape[0]).double()
+                right = plan.projection(readers.get(name, key), "in", G.shape[1]).double()
                 cells += left.T @ G @ right
         order, sign = plan.fold()
         flat = torch.cat([cells.flatten(), torch.zeros(1, dtype=torch.float64)])

@@ -526,7 +526,7 @@ def shapes_of(model: nn.Module) -> set[tuple[int, int]]:
 def test_products_around_the_gradient_add_up_over_layers(twin: Any) -> None:
     model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
     settings = EngineSettings("linear", SketchPlan(256, seed=5), norms=False, signals=False)
-    facts: dict[str, Any] = {"side": 64, "norm": False, "extremes": False, "references": 1, "half": False}
+    facts: dict[str, Any] = {"sides": ((128, 32),), "norm": False, "extremes": False, "references": 1, "half": False}
     ways = [choose_way(6, *shape, sharers, **facts) for shape in shapes_of(model) for sharers in (1, 2, 3)]
     assert not any(way.products for way in ways)
     with GradientEngine(model, settings) as engine:
@@ -543,7 +543,7 @@ def test_a_module_called_twice_keeps_what_it_read_where_gram_matrices_would_do(t
     model, rows = twin.model("llama", torch.float64), twin.rows((6, 5, 6))
     model.model.layers[1].mlp = model.model.layers[0].mlp
     settings = EngineSettings("linear", SketchPlan(256, seed=5), signals=False)
-    facts: dict[str, Any] = {"side": 64, "norm": True, "extremes": False, "references": 0, "half": False}
+    facts: dict[str, Any] = {"sides": ((128, 32),), "norm": True, "extremes": False, "references": 0, "half": False}
     for length in (6, 12):
         ways = [choose_way(length, *shape, sharers, **facts) for shape in shapes_of(model) for sharers in (1, 2, 3)]
         assert not any(way.products for way in ways)

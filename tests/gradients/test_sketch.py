@@ -20,10 +20,12 @@ def digest(tensor: torch.Tensor) -> str:
 
 @given(dim=st.integers(16, 65536))
 def test_the_cells_hold_at_least_d_numbers_and_little_more_above_4096(dim: int) -> None:
-    side = SketchPlan(dim).side
-    assert side % 16 == 0
-    assert side**2 >= dim
-    assert side == 64 if dim <= 4096 else (side - 16) ** 2 < dim
+    plan = SketchPlan(dim)
+    k_out, k_in = plan.sides
+    assert k_out == 4 * k_in
+    assert k_in % 16 == 0
+    assert plan.cells == k_out * k_in >= dim
+    assert (k_out, k_in) == (128, 32) if dim <= 4096 else (k_out - 64) * (k_in - 16) < dim
 
 
 @pytest.mark.parametrize("dim", [15, 0, -1, 65537])
@@ -34,29 +36,47 @@ def test_a_size_out_of_range_is_refused(dim: int) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10), name=st.text(min_size=1, max_size=8), size=st.integers(1, 70))
-def test_projections_are_signs_over_the_root_of_k_and_follow_from_seed_and_name(seed: int, name: str, size: int) -> None:
-    P = SketchPlan(1024, seed).projection(name, size)
-    assert P.shape == (size, 64)
-    assert torch.equal(P.abs(), torch.full_like(P, 1 / 8))
-    assert torch.equal(P, SketchPlan(4096, seed).projection(name, size))
-    assert not torch.equal(P, SketchPlan(1024, seed + 1).projection(name, size))
-    assert not torch.equal(P, SketchPlan(1024, seed).projection(name + "'", size))
+def test_projections_are_signs_of_one_size_and_follow_from_seed_name_and_axis(seed: int, name: str, size: int) -> None:
+    for axis, side in (("out", 128), ("in", 32)):
+        P = SketchPlan(1024, seed).projection(name, axis, size)
+        assert P.shape == (size, side)
+        assert torch.equal(P.abs(), torch.full_like(P, 1 / 8))
+        assert torch.equal(P, SketchPlan(4096, seed).projection(name, axis, size))
+        assert not torch.equal(P, SketchPlan(1024, seed + 1).projection(name, axis, size))
+        assert not torch.equal(P, SketchPlan(1024, seed).projection(name + "'", axis, size))
+    assert not torch.equal(P[0], SketchPlan(1024, seed).projection(name, "out", size).flatten()[:32])
+
+
+def test_the_side_that_gradients_share_least_is_projected_wider() -> None:
+    # Strangers on one side and the same on the other: the strangers' side makes the error.
+    rng = torch.Generator().manual_seed(0)
+    x, y, shared = (torch.nn.functional.normalize(torch.randn(300, generator=rng), dim=0) for _ in range(3))
+    errors = {"out": list[float](), "in": list[float]()}
+    for seed in range(200):
+        plan = SketchPlan(4096, seed)
+        P, Q = (plan.projection("w", axis, 300) for axis in ("out", "in"))
+        for axis, (left, right) in {"out": (P, Q), "in": (Q, P)}.items():
+            a, b = torch.outer(left.T @ x, right.T @ shared), torch.outer(left.T @ y, right.T @ shared)
+            errors[axis].append(float((a * b).sum() - x @ y))
+    spread = {axis: torch.tensor(found).square().mean().sqrt().item() for axis, found in errors.items()}
+    assert spread["out"] == pytest.approx(128**-0.5, rel=0.2)
+    assert spread["in"] == pytest.approx(32**-0.5, rel=0.2)
 
 
 def test_rows_of_a_projection_are_nearly_orthogonal_and_signs_balanced() -> None:
-    P = SketchPlan(4096).projection("layer", 2000)
+    P = SketchPlan(4096).projection("layer", "out", 2000)
     assert abs(P.sum().item() * 8 / P.numel() ** 0.5) < 4
-    gram = P @ P.T
+    gram = P @ P.T / 2  # rows of length √2 here and √½ at the other side
     off = gram[~torch.eye(2000, dtype=torch.bool)]
     assert off.mean().abs() < 1e-3
-    assert off.square().mean().sqrt().item() == pytest.approx(1 / 8, rel=0.02)
+    assert off.square().mean().sqrt().item() == pytest.approx(128**-0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("dim", [16, 100, 1024, 4096, 5000])
 def test_the_fold_uses_every_cell_once_in_buckets_of_one_size(dim: int) -> None:
     plan = SketchPlan(dim)
     order, sign = plan.fold()
-    cells = plan.side**2
+    cells = plan.cells
     assert len(order) == len(sign) == math.ceil(cells / dim) * dim
     assert torch.equal(order[order < cells].sort().values, torch.arange(cells))
     assert (order[order >= cells] == cells).all()
@@ -117,17 +137,17 @@ def test_signs_are_the_same_on_every_machine() -> None:
     plan = SketchPlan(1024, seed=3)
     order, sign = plan.fold()
     cell, bucket_sign = plan.vector_buckets("norm", 100)
-    found = [digest(part) for part in (plan.projection("q_proj/in", 576), order, sign, cell, bucket_sign)]
+    found = [digest(part) for part in (plan.projection("q_proj", "in", 576), order, sign, cell, bucket_sign)]
     assert found == EXPECTED
 
 
-EXPECTED = ["cb85771cd7a23bef", "da838b7859b704dc", "1f5572c699d704b8", "00c2291bd2285373", "77f5a67f4c71b8cd"]
+EXPECTED = ["5348b5c934065131", "da838b7859b704dc", "1f5572c699d704b8", "00c2291bd2285373", "77f5a67f4c71b8cd"]
 
 
 def test_another_process_draws_the_same_signs() -> None:
     code = (
         "from gradsieve.gradients.sketch import SketchPlan; import hashlib;"
-        "print(hashlib.sha256(SketchPlan(64, 7).projection('x', 33).numpy().tobytes()).hexdigest()[:16])"
+        "print(hashlib.sha256(SketchPlan(64, 7).projection('x', 'in', 33).numpy().tobytes()).hexdigest()[:16])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert printed == digest(SketchPlan(64, 7).projection("x", 33))
+    assert printed == digest(SketchPlan(64, 7).projection("x", "in", 33))

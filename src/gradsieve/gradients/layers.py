@@ -40,7 +40,16 @@ class Way:
 
 @lru_cache(maxsize=4096)
 def choose_way(
-    length: int, d_out: int, d_in: int, sharers: int, *, side: int, norm: bool, extremes: bool, references: int, half: bool
+    length: int,
+    d_out: int,
+    d_in: int,
+    sharers: int,
+    *,
+    sides: tuple[tuple[int, int], ...],
+    norm: bool,
+    extremes: bool,
+    references: int,
+    half: bool,
 ) -> Way:
     """Returns the cheaper way, by multiplications per example.
 
@@ -49,7 +58,7 @@ def choose_way(
         d_out: Rows of G.
         d_in: Columns of G.
         sharers: Layers that read this input, and split the work on it.
-        side: k of the k x k sketch, 0 for none.
+        sides: (k_out, k_in) of every sketch that is taken.
         norm: Whether ‖G_z‖ is wanted.
         extremes: Whether the largest and smallest entries are wanted; otherwise a part of G_z gives them.
         references: Directions to multiply with.
@@ -57,12 +66,12 @@ def choose_way(
             about 30 multiplications in float32 and 400 in bfloat16, whose multiplications are so much faster.
     """
     entries = d_out * d_in
-    sketch = side * length * (d_out + d_in / sharers)
-    sketch_of_products = side * (entries + side * min(d_out, d_in))
+    sketch = sum(length * (k_out * d_out + k_in * d_in / sharers) for k_out, k_in in sides)
+    sketch_of_products = sum(k_in * (entries + k_out * d_out) for k_out, k_in in sides)
     products = (length + (400 if half else 30)) * entries + min(sketch, sketch_of_products)
     around = GRAM_SHARE * length**2 * (d_out + d_in / sharers) * norm + references * length * entries + sketch
     around += (EXTREMES_SHARE * length * entries + EXTREMES_CALLS) * extremes
-    needed = norm or extremes or references > 0 or side > 0
+    needed = norm or extremes or references > 0 or len(sides) > 0
     chosen = needed and products < around
     return Way(chosen, chosen and sketch_of_products < sketch)
 
@@ -146,10 +155,8 @@ def dots_around(a: Tensor, b: Tensor, references: Tensor) -> Tensor:
 
 
 def sketch_of(G: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Returns leftᵀ G right [B, k, k] of G [B, n, d], left [n, k], right [d, k]."""
-    if G.shape[1] < G.shape[2]:
-        return torch.matmul(left.T, torch.matmul(G, right))
-    return torch.matmul(torch.matmul(left.T, G), right)
+    """Returns leftᵀ G right [B, k_out, k_in] of G [B, n, d], left [n, k_out], right [d, k_in], the narrow side first."""
+    return torch.matmul(left.T, torch.matmul(G, right))
 
 
 def embedding_rows(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Loop:
     def _sketch(self, gradients: Mapping[str, Tensor], readers: Mapping[str, str]) -> Tensor:
         """Returns Σ P_outᵀ G P_in over the parameters, or their signed entries at their places, folded to d numbers."""
         plan: SketchPlan = self.settings.sketch
-        cells = torch.zeros(plan.side, plan.side, dtype=torch.float64)
+        cells = torch.zeros(*plan.sides, dtype=torch.float64)
         for site in self.sites:
             G, key = gradients[site.name], self._key(site)
             if G.shape[1] == 1:
@@ -137,8 +137,8 @@ class Loop:
                 place = plan.places(key, torch.arange(len(G)), G.shape[1])
                 cells.view(-1).index_add_(0, place.flatten(), (G * sign).flatten())
             else:
-                left = plan.projection(f"{key}/out", G.shape[0]).double()
-                cells += left.T @ G @ plan.projection(f"{readers.get(site.name, key)}/in", G.shape[1]).double()
+                left = plan.projection(key, "out", G.shape[0]).double()
+                cells += left.T @ G @ plan.projection(readers.get(site.name, key), "in", G.shape[1]).double()
         order, sign = plan.fold()
         flat = torch.cat([cells.flatten(), torch.zeros(1, dtype=torch.float64)])
         return (flat[order] * sign).view(plan.dim, -1).sum(1)

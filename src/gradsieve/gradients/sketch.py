@@ -1,24 +1,28 @@
 """Seeded random projections: a gradient of millions of numbers becomes d of them, and inner products survive in the mean.
 
-A weight gradient G [d_out, d_in] is projected from both sides with sign matrices, PᵀGQ [k, k] with entries ±1/√k; the k x k
-sketches of all parameters are *summed* (independent signs per parameter, so cross terms vanish in the mean) and, where
-d < k², folded to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of a cosine is about 1/√d.
+A weight gradient G [d_out, d_in] is projected from both sides with sign matrices, PᵀGQ [k_out, k_in]; the sketches of all
+parameters are *summed* (independent signs per parameter, so cross terms vanish in the mean) and, where d < k_out k_in, folded
+to d numbers by a CountSketch. E<Sg, Sh> = <g, h>; the noise of a cosine is about 1/√d.
 
-That noise has a part that k² does not help against: ‖GᵀH‖²/k and ‖GHᵀ‖²/k per matrix, which is large where gradients have few
-directions, as they do. The widest sketch (d = 65,536, that of references that do not fit) is therefore made of the entries of
-G itself: entry (i, j) adds to cell (o + i d_in + j) mod 65,521 with sign s_i t_j, where offset o and signs s, t are the
-parameter's own. The largest prime below d keeps two entries of one column out of one cell: with 65,536 they would meet there
-wherever d_in is a power of two, and a cosine would be off by 0.2. So the noise of a cosine is 1/√d for gradients of any rank
-and width.
+That noise has a part that more cells do not help against: ‖GHᵀ‖²/k_out and ‖GᵀH‖²/k_in per matrix. Inputs of a layer point the
+same way in all examples (a few activations are a hundred times as large as the others) and output gradients do not, so the
+first is the larger by far: k_out is four times k_in. Of 253 pairs of SmolLM2's gradients, 128 x 32 leaves an error of 0.019,
+64 x 64 of 0.022, 32 x 128 of 0.027.
+
+The widest sketch (d = 65,536, that of references that do not fit) is made of the entries of G itself: entry (i, j) adds to cell
+(o + i d_in + j) mod 65,521 with sign s_i t_j, where offset o and signs s, t are the parameter's own. The largest prime below d
+keeps two entries of one column out of one cell: with 65,536 they would meet there wherever d_in is a power of two, and a cosine
+would be off by 0.2. So the noise of a cosine is 1/√d for gradients of any rank and width.
 
 Every sign comes from a counter-based generator keyed by (seed, name), so that two machines make the same projection without
-shipping it, and ±1/√k is exact in binary for k = 16, 64, 256.
+shipping it, and the entries ±(k_out k_in)^-¼ are exact in binary for 128 x 32.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +30,8 @@ import xxhash
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
+
+Axis = Literal["out", "in"]
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -72,9 +78,15 @@ class SketchPlan:
             raise InvalidArgument(f"dim must lie in [16, {LARGEST}], got {self.dim}; 1024 and 4096 are usual")
 
     @property
-    def side(self) -> int:
-        """k: 64, or for d above 4096 the smallest multiple of 16 with k² ≥ d."""
-        return 64 if self.dim <= 4096 else 16 * ((math.isqrt(self.dim - 1) + 16) // 16)
+    def sides(self) -> tuple[int, int]:
+        """(k_out, k_in): 128 x 32, or for d above 4096 the smallest 64m x 16m that holds d."""
+        m = 2 if self.dim <= 4096 else 1 + math.isqrt(self.dim - 1) // 32
+        return 64 * m, 16 * m
+
+    @property
+    def cells(self) -> int:
+        """k_out k_in: numbers of a sketch before it is folded to d."""
+        return math.prod(self.sides)
 
     @property
     def entrywise(self) -> bool:
@@ -93,22 +105,22 @@ class SketchPlan:
         """Returns the signs of one axis of a matrix that is sketched entry by entry, float32 [size]."""
         return _signs(self.seed, f"{name}/entries", size)
 
-    def projection(self, name: str, size: int) -> Tensor:
-        """Returns the sign matrix of one axis, float32 [size, k], entries ±1/√k."""
-        return _signs(self.seed, name, size * self.side).view(size, self.side) / math.sqrt(self.side)
+    def projection(self, name: str, axis: Axis, size: int) -> Tensor:
+        """Returns the sign matrix of one axis of a matrix, float32 [size, k_axis], entries ±(k_out k_in)^-¼."""
+        side = self.sides[axis == "in"]
+        return _signs(self.seed, f"{name}/{axis}", size * side).view(size, side) / math.sqrt(math.sqrt(self.cells))
 
     def vector_buckets(self, name: str, size: int) -> tuple[Tensor, Tensor]:
-        """Returns a CountSketch of a parameter vector into the k² cells: cell int64 [size], sign float32 [size]."""
-        cells = _generator(self.seed, f"{name}/cell").integers(0, self.side**2, size=size, dtype=np.int64)
+        """Returns a CountSketch of a parameter vector into the cells: cell int64 [size], sign float32 [size]."""
+        cells = _generator(self.seed, f"{name}/cell").integers(0, self.cells, size=size, dtype=np.int64)
         return torch.from_numpy(cells), _signs(self.seed, f"{name}/sign", size)
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Returns (order int64, sign float32), both [c·d]: the k² cells in random order, padded by the zero cell number k².
+        """Returns (order int64, sign float32), both [c·d]: the cells in random order, padded by one more, which is zero.
 
         Cell order[i·c + j] adds to coordinate i with its sign: a CountSketch whose buckets are equally full, which sums in
         a fixed order on every device.
         """
-        cells = self.side**2
-        share = math.ceil(cells / self.dim)
+        cells, share = self.cells, math.ceil(self.cells / self.dim)
         order = np.concatenate([_generator(self.seed, "fold").permutation(cells), np.full(share * self.dim - cells, cells)])
         return torch.from_numpy(order), _signs(self.seed, "fold/sign", len(order))

@@ -1,6 +1,6 @@
 """The sums of one batch: every layer's (input, output gradient) becomes sketch, norms, extremes, products with references.
 
-Sums are kept in float32 or better: cells (the summed k x k sketches) [B, k, k], statistics per group of parameters, products
+Sums are kept in float32 or better: cells (the summed sketches) [B, k_out, k_in], statistics per group of parameters, products
 with the references [B, r].
 """
 
@@ -52,7 +52,7 @@ class Sums:
                 self.groups[name] = Statistics(batch, weight.numel(), tools.device)
         self.counts = torch.zeros(batch, dtype=torch.float64, device=tools.device)
         plans = tools.plans if mean is None else tools.plans[: int(mean.sketched)]
-        self._cells = {plan: torch.zeros(batch, plan.side, plan.side, dtype=tools.dtype, device=tools.device) for plan in plans}
+        self._cells = {plan: torch.zeros(batch, *plan.sides, dtype=tools.dtype, device=tools.device) for plan in plans}
         self._factored = {plan: cells for plan, cells in self._cells.items() if not plan.entrywise}
         self._dots = torch.zeros(batch, len(self.references.names), dtype=torch.float64, device=tools.device)
         self._loss = torch.zeros(batch, dtype=torch.float64, device=tools.device)
@@ -90,7 +90,7 @@ class Sums:
             d_out,
             d_in,
             sharers,
-            side=sum(plan.side for plan in self._factored),
+            sides=tuple(plan.sides for plan in self._factored),
             norm=self.norm,
             extremes=self.extremes,
             references=len(self.references.names) if self.references.full else 0,
@@ -139,7 +139,7 @@ class Sums:
             assert a is not None
             self.mean.add_product(site.name, b.flatten(0, 1), a.flatten(0, 1), part)
         for plan, cells in self._factored.items() if not way.sketch_products else ():
-            left = b @ self.tools.projection(plan, f"{site.name}/out", site.shape[0], b.dtype)[part]
+            left = b @ self.tools.projection(plan, site.name, "out", site.shape[0], b.dtype)[part]
             cells[rows] += torch.bmm(left.mT, self._project(plan, reading, a))
         if self.moments and self.adam is None:
             total = (b.sum(2) * self._input_sums(reading, a)).sum(1, dtype=torch.float64)
@@ -164,7 +164,7 @@ class Sums:
     def _project(self, plan: SketchPlan, reading: Reading, a: Tensor | None) -> Tensor:
         if plan not in reading.projected:
             assert a is not None
-            reading.projected[plan] = a @ self.tools.projection(plan, f"{reading.name}/in", a.shape[2], a.dtype)
+            reading.projected[plan] = a @ self.tools.projection(plan, reading.name, "in", a.shape[2], a.dtype)
         return reading.projected[plan]
 
     def _gram(self, reading: Reading, a: Tensor | None) -> list[Tensor]:
@@ -216,8 +216,8 @@ class Sums:
             if len(references):
                 self._dots[mine] += layers.dots(G, references[:, columns].to(G.dtype))
             for plan, cells in self._factored.items() if way.sketch_products else ():
-                left = tools.projection(plan, f"{site.name}/out", site.shape[0], G.dtype)[part][columns]
-                cells[mine] += layers.sketch_of(G, left, tools.projection(plan, f"{reader}/in", a.shape[2], G.dtype))
+                left = tools.projection(plan, site.name, "out", site.shape[0], G.dtype)[part][columns]
+                cells[mine] += layers.sketch_of(G, left, tools.projection(plan, reader, "in", a.shape[2], G.dtype))
             self._add_entries(site, G, mine, (part.start or 0) + columns.start)  # last: it may change the tile
 
     def _add_entries(self, site: Site, G: Tensor, members: Tensor, row: int = 0) -> None:
@@ -242,8 +242,8 @@ class Sums:
             if plan.entrywise and site.shape[1] > 1:
                 self._add_entries(site, G.clone(), torch.arange(len(G), device=G.device))
             elif site.shape[1] > 1:
-                left = tools.projection(plan, f"{name}/out", site.shape[0], G.dtype)
-                cells += layers.sketch_of(G, left, tools.projection(plan, f"{name}/in", site.shape[1], G.dtype))
+                left = tools.projection(plan, name, "out", site.shape[0], G.dtype)
+                cells += layers.sketch_of(G, left, tools.projection(plan, name, "in", site.shape[1], G.dtype))
             else:
                 cell, sign = tools.buckets(plan, name, site.shape[0])
                 cells.view(len(G), -1).index_add_(1, cell, G[:, :, 0] * sign)
@@ -268,8 +268,8 @@ class Sums:
             key = tools.key(site)
             self._add_embedding_entries(site, ids, b)
             for plan, cells in self._factored.items():
-                left = tools.projection(plan, f"{key}/out", site.shape[0], b.dtype)[ids]
-                cells.baddbmm_(left.mT, b @ tools.projection(plan, f"{key}/in", b.shape[2], b.dtype))
+                left = tools.projection(plan, key, "out", site.shape[0], b.dtype)[ids]
+                cells.baddbmm_(left.mT, b @ tools.projection(plan, key, "in", b.shape[2], b.dtype))
             for i, R in enumerate(self.references.of(key)):
                 self._dots[:, i] += (R[ids] * b).sum(2).sum(1, dtype=torch.float64)
         if (chosen is not None and self.norm) or end in self.groups:
@@ -335,8 +335,8 @@ class Sums:
             for part in tools.head.tiles(h.shape[1]):
                 self._add_entries(site, (error[run, part].T @ h[run])[None], own, part.start)
         for plan, cells in self._factored.items():
-            left = error @ tools.projection(plan, f"{key}/out", error.shape[1], error.dtype)
-            right = h @ tools.projection(plan, f"{key}/in", h.shape[1], h.dtype)
+            left = error @ tools.projection(plan, key, "out", error.shape[1], error.dtype)
+            right = h @ tools.projection(plan, key, "in", h.shape[1], h.dtype)
             for z, run in supervised.inside(first, last):
                 cells[z] += left[run].T @ right[run]
         for i, R in enumerate(self.references.of(key)):

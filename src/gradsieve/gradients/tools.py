@@ -12,7 +12,7 @@ from gradsieve.gradients.directions import References
 from gradsieve.gradients.head import Head
 from gradsieve.gradients.parameters import Site
 from gradsieve.gradients.settings import EngineSettings
-from gradsieve.gradients.sketch import SketchPlan
+from gradsieve.gradients.sketch import Axis, SketchPlan
 
 
 class Tools:
@@ -41,7 +41,7 @@ class Tools:
         self.moments = settings.layers != "none"
         self.adam = AdamDirection(moments, sites, settings.less_form, self.device, self.dtype) if moments else None
         self.repeated: frozenset[nn.Module] = frozenset()
-        self._projections: dict[tuple[SketchPlan, str, torch.dtype], Tensor] = {}
+        self._projections: dict[tuple[SketchPlan, str, Axis, torch.dtype], Tensor] = {}
         self._buckets: dict[tuple[SketchPlan, str], tuple[Tensor, Tensor]] = {}
         self._entries: dict[tuple[SketchPlan, str], tuple[int, Tensor, Tensor]] = {}
         self._folds = {plan: tuple(part.to(self.device) for part in plan.fold()) for plan in self.plans}
@@ -61,11 +61,11 @@ class Tools:
         """Returns the site of an end where it belongs to φ."""
         return next((site for site in self.sites if self.end(site) == end), None)
 
-    def projection(self, plan: SketchPlan, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """Returns the sign matrix of one axis, [size, k], made once."""
-        key = plan, name, dtype
+    def projection(self, plan: SketchPlan, name: str, axis: Axis, size: int, dtype: torch.dtype) -> Tensor:
+        """Returns the sign matrix of one axis, [size, k_axis], made once."""
+        key = plan, name, axis, dtype
         if key not in self._projections:
-            self._projections[key] = plan.projection(name, size).to(self.device, dtype)
+            self._projections[key] = plan.projection(name, axis, size).to(self.device, dtype)
         return self._projections[key]
 
     def buckets(self, plan: SketchPlan, name: str, size: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class Tools:
         return self._buffer[dtype][:need].view(shape)
 
     def fold(self, plan: SketchPlan, cells: Tensor) -> Tensor:
-        """Folds k x k cells [B, k, k] to float32 [B, d]."""
+        """Folds cells [B, k_out, k_in] to float32 [B, d]."""
         order, sign = self._folds[plan]
         flat = nn.functional.pad(cells.flatten(1), (0, 1))
         return (flat[:, order] * sign).view(len(cells), plan.dim, -1).sum(2).float()
