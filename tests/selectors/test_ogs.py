@@ -175,6 +175,14 @@ def test_with_risk_as_cost_the_bound_is_on_the_mean_risk_of_the_chosen(make_prob
     assert selection.trace["epsilon"] == pytest.approx(risk.quantile(0.5).item())
 
 
+def test_the_bound_is_in_the_unit_of_its_cost(make_problem):
+    problem = make_problem(30)
+    bounds = [world(problem, constraint=constraint).simulator.epsilon for constraint in ("kl", "loss")]
+    key = OGS(constraint="key", fidelity="navigator", **QUICK)
+    live = module._world(key, replace(problem, navigator=object()), Budget.parse("8"), torch.Generator().manual_seed(0))
+    assert [*bounds, live.simulator.epsilon] == [0.1, 0.01, 0.01]
+
+
 def test_the_loss_cost_is_relative_and_signed_and_kl_is_neither(make_problem):
     problem = make_problem(120)
     loss, kl = (run(problem, constraint=c).trace["simulated"]["random"]["cost"] for c in ("loss", "kl"))

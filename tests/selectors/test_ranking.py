@@ -122,6 +122,8 @@ def test_a_score_that_follows_length_is_called_out():
     assert "utility is largely a measure of length" in notes[0]
     assert "-1.00" in notes[0]
     assert length_check({"utility": length.double()}, pool([1] * 10)) == ({}, [])
+    over, under = [1.0, 0, 4, 3, 7, 9, 8, 2, 6, 5], [0.0, 3, 6, 1, 9, 2, 8, 4, 5, 7]  # ρ 0.515 and 0.491
+    assert [len(length_check({"utility": torch.tensor(score)}, g)[1]) for score in (over, under)] == [1, 0]
 
 
 def test_halves_that_share_a_direction_rank_alike_and_halves_of_noise_do_not():
