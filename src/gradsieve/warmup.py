@@ -37,6 +37,7 @@ from gradsieve.gradients.forward import ForwardEngine
 from gradsieve.models import ModelSource, hash_weights, tokenizer_hash
 from gradsieve.online import Recorder
 from gradsieve.store import GradientStore, Manifest
+from gradsieve.train.checks import deciding
 from gradsieve.types import Warmup
 
 if TYPE_CHECKING:
@@ -172,12 +173,10 @@ def folder_of(
     root: Path, source: ModelSource, tokens: Sequence[Tokens], recipe: Recipe, compute: ComputeSettings, online: bool = False
 ) -> Path:
     """Returns the folder of a warm-up: its name is a hash of all that decides the outcome, recorded gradients included."""
-    aside = ("report_to", "device", "micro_batch", "save_steps")
-    settings = {key: value for key, value in recipe.to_mapping().items() if key not in aside}
     facts = {
         "model": source.weights,
         "tokenizer": tokenizer_hash(source.tokenizer),
-        "recipe": settings,
+        "recipe": deciding(recipe),
         "dtype": str(compute.dtype),
     }
     facts |= {"recorded": manifest(source, compute, {}).fingerprint} if online else {}

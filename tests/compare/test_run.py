@@ -19,7 +19,7 @@ import yaml
 
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
-from gradsieve.compare.records import Finished, read_finished, read_items, read_json, read_results
+from gradsieve.compare.records import Finished, read_finished, read_items, read_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.stores import WHOLE, store_of
 from gradsieve.compare.training import Job, full_steps, make_job, work
@@ -30,6 +30,10 @@ def stamps(study: Path) -> dict[str, int]:
     return {str(p.relative_to(study)): p.stat().st_mtime_ns for p in sorted(study.rglob("*")) if p.is_file()}
 
 
+def results(study: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
+
+
 def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> None:
     names = [cell.name for cell in finished.cells]
     assert len(names) == 1 + 2 * 4
@@ -37,7 +41,7 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
         files = {path.name for path in (finished.study / "cells" / cell.name).iterdir()} - {".claim"}
         expected = {"items.parquet", "generations.json", "result.json"} | ({"selection.json"} if cell.arm != "base" else set())
         assert files == expected
-    assert [record["cell"] for record in read_results(finished.study)] == names
+    assert [record["cell"] for record in results(finished.study)] == names
     made = {path.name for path in finished.study.iterdir()}
     assert made == {"cells", "selections", "stores", "results.jsonl", "comparison.json"} | {
         "report.html", "summary.md", "effects.csv", "pairs.csv", "figures",
@@ -45,7 +49,7 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
 
 
 def test_a_result_says_what_it_came_from_and_what_it_took(finished: Comparison) -> None:
-    record = {r["cell"]: r for r in read_results(finished.study)}["less--25pct--1--equal_steps"]
+    record = {r["cell"]: r for r in results(finished.study)}["less--25pct--1--equal_steps"]
     assert (record["arm"], record["budget"], record["seed"], record["view"]) == ("less", "25%", 1, "equal_steps")
     assert record["training"]["steps"] == 2
     assert record["selection"]["examples"] == 6
@@ -70,7 +74,7 @@ def test_values_are_kept_per_item(finished: Comparison) -> None:
 
 
 def test_all_arms_take_equal_steps_and_seeds_differ(finished: Comparison) -> None:
-    records = [r for r in read_results(finished.study) if r["arm"] != "base"]
+    records = [r for r in results(finished.study) if r["arm"] != "base"]
     assert {r["training"]["steps"] for r in records} == {2}
     by_seed = {(r["arm"], r["seed"]): r["means"]["asked"]["loss"] for r in records}
     for arm in ("full", "random", "less", "agem"):
@@ -93,7 +97,7 @@ def test_a_method_without_chance_chooses_once_and_random_draws_anew(finished: Co
 
 
 def test_surgery_is_told_apart_and_its_cost_measured(finished: Comparison) -> None:
-    records = {r["cell"]: r for r in read_results(finished.study)}
+    records = {r["cell"]: r for r in results(finished.study)}
     surgery, plain = records["agem--25pct--0--equal_steps"], records["random--25pct--0--equal_steps"]
     assert surgery["training"]["surgery_seconds"] > 0
     assert plain["training"]["surgery_seconds"] == 0
@@ -165,7 +169,7 @@ def test_arms_and_views_can_be_added_and_equal_work_is_not_done_twice(finished: 
     comparison = Comparison.of(config)
     comparison.run(told=lambda one, *_: told.append(one.cell.name))
     assert told == [f"{arm}--0--equal_repetition" for arm in ("full", "random--25pct", "less--25pct")]
-    steps = {r["cell"]: r["training"].get("steps") for r in read_results(comparison.study)}
+    steps = {r["cell"]: r["training"].get("steps") for r in results(comparison.study)}
     assert steps["full--0--equal_repetition"] == 6
     assert steps["random--25pct--0--equal_repetition"] == 2
 

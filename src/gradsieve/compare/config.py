@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from gradsieve.compare.typed import mapping, refuse_unknown, typed, typed_fields
 from gradsieve.data import Format
@@ -290,7 +290,8 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
         if key not in given:
             raise DataError(f"{name}: {key} must be given, got none")
     plain = {k: v for k, v in given.items() if k not in ("tests", "tasks", "arms", "recipe", "gradients")}
-    fields = {key: _prefixed(name, key, value) for key, value in plain.items()}
+    kinds = get_type_hints(Config)
+    fields = {key: typed(value, kinds[key], f"{name}: {key}") for key, value in plain.items()}
     if out is not None:
         fields["out"] = str(out)
     fields["tests"] = {test: _test(values, f"{name}: tests.{test}") for test, values in _named(given, "tests", name).items()}
@@ -308,12 +309,6 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
     for budget in {*config.budgets, *(budget for arm in config.arms for budget in arm.budgets)}:
         _checked(partial(Budget.parse, budget), f"{name}: budgets")
     return _placed(config, data)
-
-
-def _prefixed(name: str, key: str, value: object) -> Any:
-    import typing
-
-    return typed(value, typing.get_type_hints(Config)[key], f"{name}: {key}")
 
 
 def _named(given: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:

@@ -83,19 +83,10 @@ def read_finished(study: Path, cell: Cell) -> Finished | None:
     return Finished(cell, read_json(path), folder) if path.exists() else None
 
 
-def read_results(study: Path) -> list[dict[str, Any]]:
-    """Returns the records of `results.jsonl`."""
-    path = study / "results.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: must be the results of a comparison, got {error}; run gradsieve compare first") from None
-
-
-def write_results(study: Path, cells: Sequence[Cell]) -> int:
-    """Gathers the finished cells into `results.jsonl`; returns how many there are."""
+def write_results(study: Path, cells: Sequence[Cell]) -> None:
+    """Gathers the finished cells into `results.jsonl`."""
     done = [finished for cell in cells if (finished := read_finished(study, cell)) is not None]
-    return write_lines(study / "results.jsonl", (_line(finished.record) for finished in done))
+    write_lines(study / "results.jsonl", (_line(finished.record) for finished in done))
 
 
 def write_items(path: Path, items: Mapping[str, Sequence[str]], values: Values) -> None:

@@ -35,7 +35,7 @@ from gradsieve.compare.records import (
     write_results,
 )
 from gradsieve.compare.speed import Speed, predicted
-from gradsieve.compare.stores import selector
+from gradsieve.compare.stores import method_settings, selector
 from gradsieve.compare.subsets import Subset, subset
 from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
 from gradsieve.data import write_lines
@@ -261,7 +261,6 @@ class Comparison:
 
     def _identity(self, cell: Cell, chosen: Subset | None) -> dict[str, Any]:
         arm = self.config.arm(cell.arm)
-        settings = dataclasses.asdict(selector(arm)) if arm.chooses else {}  # type: ignore[call-overload]
         return {
             "cell": cell.name,
             "arm": cell.arm,
@@ -269,7 +268,7 @@ class Comparison:
             "seed": cell.seed,
             "view": cell.view,
             "method": arm.method,
-            "settings": json.loads(json.dumps(settings, default=str)),
+            "settings": method_settings(arm) if arm.chooses else {},
             "own_recipe": dict(arm.recipe),
             "selection": None
             if chosen is None

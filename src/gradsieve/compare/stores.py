@@ -24,7 +24,7 @@ import torch
 import xxhash
 
 from gradsieve.clock import Progress
-from gradsieve.compare.config import Arm
+from gradsieve.compare.config import SHARED, Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
 from gradsieve.job import Job
@@ -63,6 +63,12 @@ def warmup_of(selector: Selector) -> Any:
 def selector(arm: Arm) -> Selector:
     """Returns the arm's method."""
     return find_method(arm.method, arm.settings)[1]
+
+
+def method_settings(arm: Arm) -> dict[str, Any]:
+    """Returns all hyper-parameters of an arm's method, as JSON has them."""
+    settings = dataclasses.asdict(selector(arm))  # type: ignore[call-overload]
+    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 def gradient_settings(material: Material) -> dict[str, Any]:
@@ -156,8 +162,7 @@ def ask(
 
 def _job_settings(material: Material) -> dict[str, Any]:
     config = material.config
-    names = ("model", "max_length", "dtype", "device", "chat_template", "trust_remote_code")
-    return {**{name: getattr(config, name) for name in names}, **config.gradients}
+    return {**{name: getattr(config, name) for name in ("model", *SHARED)}, **config.gradients}
 
 
 def _data(material: Material, seed: int) -> dict[str, Any]:

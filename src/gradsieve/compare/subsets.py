@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from gradsieve.clock import Progress, silent
 from gradsieve.compare.config import Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
-from gradsieve.compare.stores import ask, fill, gradient_settings, reads_store, selector, store_of, warmup_of
+from gradsieve.compare.stores import ask, fill, gradient_settings, method_settings, reads_store, selector, store_of, warmup_of
 from gradsieve.types import Budget, Problem, Selection, Selector
 
 
@@ -114,10 +113,9 @@ def _kept(study: Path, arm: Arm, budget: str, seed: int, inputs: Mapping[str, An
 
 def _inputs(material: Material, arm: Arm, budget: str, seed: int) -> dict[str, Any]:
     """Returns all that decides what a method chooses, but the seed of its draws."""
-    settings = json.loads(json.dumps(dataclasses.asdict(selector(arm)), default=str))  # type: ignore[call-overload]
     return {
         "method": arm.method,
-        "settings": settings,
+        "settings": method_settings(arm),
         "budget": budget,
         "data": material.sides(seed).digest,
         "model": material.source.weights,

@@ -52,6 +52,11 @@ class Effect:
     base: float
     against: Mapping[str, Estimate | None]
 
+    @property
+    def label(self) -> str:
+        """Its arm and budget in tables."""
+        return _label(self.arm, self.budget)
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -186,7 +191,7 @@ def summarise(
     config = record["config"]
     if not any(one.cell.arm == BASE for one in finished):
         raise DataError("the cell base must be finished before anything can be compared, got none; run gradsieve compare")
-    roles = {name: test["role"] for name, test in (config["tests"] | config.get("tasks", {})).items()}
+    roles = {name: test["role"] for name, test in (config["tests"] | config["tasks"]).items()}
     paired = Paired(finished, roles, resamples)
     metrics = list(dict.fromkeys(metric for values in paired.base.values.values() for metric in values))
     gain_metric = next(metric for metric in metrics if metric != "kl")
@@ -351,7 +356,7 @@ def _generations(finished: Sequence[Finished]) -> list[tuple[str, list[dict[str,
 def _notes(
     record: Mapping[str, Any], effects: Sequence[Effect], standings: Sequence[Standing], missing: Sequence[str]
 ) -> list[str]:
-    notes = list(record.get("notes", ()))
+    notes = list(record["notes"])
     if missing:
         notes.append(f"{len(missing)} cells are not finished: what is said here is of the others")
     seeds = {standing.seeds for standing in standings}
@@ -368,7 +373,7 @@ def _notes(
             f"{apart} of {len(judged)} intervals against random and full leave 0 out; where nothing differed, about "
             f"{0.05 * len(judged):.0f} would by chance"
         )
-    added = [arm["name"] for arm in record["config"]["arms"] if arm.get("added")]
+    added = [arm["name"] for arm in record["config"]["arms"] if arm["added"]]
     if added:
         notes.append(f"{', '.join(added)} added, because no comparison may lack them")
     return notes

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Sequence
 
-from gradsieve.compare.config import FULL, RANDOM
+from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.statistics import Estimate
-from gradsieve.compare.summary import Effect, Standing, Summary
+from gradsieve.compare.summary import Standing, Summary
 from gradsieve.report.wording import duration, joined
 
-COMPARED = ("base", RANDOM, FULL)
+COMPARED = (BASE, RANDOM, FULL)
 
 
 def effects_csv(summary: Summary) -> str:
@@ -21,7 +21,7 @@ def effects_csv(summary: Summary) -> str:
     parts = [f"{what}_{name}" for name in COMPARED for what in ("minus", "low", "high", "verdict")]
     writer.writerow(["view", "arm", "budget", "seeds", "test", "role", "metric", "mean", "base_mean", *parts])
     for effect in summary.effects:
-        first = effect.against["base"]
+        first = effect.against[BASE]
         row: list[object] = [effect.view, effect.arm, effect.budget or "", first.seeds if first else ""]
         row += [effect.test, effect.role, effect.metric, effect.mean, effect.base]
         for name in COMPARED:
@@ -123,15 +123,11 @@ def _metrics(summary: Summary) -> list[str]:
 def _effects(summary: Summary, view: str, metric: str) -> list[str]:
     own = [effect for effect in summary.effects if (effect.view, effect.metric) == (view, metric)]
     rows = [
-        [_label(effect), effect.test, f"{effect.base:.4g} → {effect.mean:.4g}", interval(effect.against["base"], verdict=True)]
+        [effect.label, effect.test, f"{effect.base:.4g} → {effect.mean:.4g}", interval(effect.against[BASE], verdict=True)]
         + [interval(effect.against[name], verdict=True) for name in (RANDOM, FULL)]
         for effect in own
     ]
     return _table(["arm", "test", "base → arm", "better than base by", "than random", "than full"], rows)
-
-
-def _label(effect: Effect) -> str:
-    return f"{effect.arm} {effect.budget}" if effect.budget else effect.arm
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

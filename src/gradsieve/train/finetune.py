@@ -262,11 +262,7 @@ def _trained(live: Any, recipe: Recipe, out: Path, facts: dict[str, Any], before
     return Trained(
         model=live,
         folder=out / MODEL,
-        **{
-            name: facts[name]
-            for name in ("steps", "epochs", "tokens", "seconds", "cpu_seconds", "surgery_seconds", "conflicts")
-        },
-        watch_seconds=facts.get("watch_seconds", 0.0),  # runs of an older version have none
+        **{name: value for name, value in facts.items() if name not in ("losses", "checkpoints")},
         losses=tuple(facts["losses"]),
         checkpoints=tuple(Checkpoint(out / e["folder"], e["epoch"], e["learning_rate"]) for e in facts["checkpoints"]),
         _restore=before.restore if recipe.tuning == "lora" else refuse,
