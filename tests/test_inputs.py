@@ -108,10 +108,13 @@ def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Pa
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text("".join(json.dumps({**row, "completion": "No idea."}) + "\n" for row in rows))
     common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
-    own = gs.select("ogs-static", corrupted=(str(wrong),), **common)
+    own = gs.select("ogs-static", corrupted=(str(wrong),), settings={"against": "contrast"}, **common)
     assert own.references["contrast/anchor:arithmetic"].count == 4
     assert any("2 of 6 examples of anchor:arithmetic" in note for note in own.notes)
-    built_in = gs.select("ogs-static", **common)
+    assert not any("--corrupted" in note for note in own.notes)
+    unused = gs.select("ogs-static", corrupted=(str(wrong),), **common)
+    assert any("of --corrupted were not used: ogs-static as it is set reads no contrast" in note for note in unused.notes)
+    built_in = gs.select("ogs-static", settings={"against": "contrast"}, **common)
     assert built_in.references["contrast/anchor:arithmetic"].count == 6
     wrong.write_text(json.dumps({"id": "stranger", "prompt": "a", "completion": "b"}) + "\n")
     assert "got " + str(wrong) in bad({"corrupted": (str(wrong),)}, data, tiny_model)

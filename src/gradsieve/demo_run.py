@@ -78,7 +78,7 @@ def kinds_table(result: Result) -> Table:
     for kind in sorted(set(kinds), key=lambda kind: (kind != "clean", kind)):
         there, here = kinds.count(kind), sum(kinds[row] == kind for row in chosen)
         table.add_row(kind, str(there), f"{there / len(kinds):.1%}", str(here), f"{here / len(chosen):.1%}")
-    for name in ("utility", "risk"):
+    for name in ("utility", "risk", "overlap"):
         values = result.selection.trace.get(name)
         if values is not None:
             pool, picked = _mean(values), _mean([values[row] for row in chosen])

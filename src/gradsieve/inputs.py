@@ -65,6 +65,11 @@ def read_inputs(job: Job, method: str, needs: Collection[str], data: Mapping[str
         _refuse_overlap("anchor", examples["anchor"], "target", examples["target"])
     if job.corrupted:
         inputs.corrupted = _copies(inputs, _read_set(job, inputs, "corrupted", job.corrupted))
+        if not any(need.startswith("dot/contrast") for need in needs):
+            inputs.notes.append(
+                f"the wrong copies of --corrupted were not used: {method} as it is set reads no contrast; ogs-static and ogs "
+                "read them with --against contrast"
+            )
     return inputs
 
 

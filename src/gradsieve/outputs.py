@@ -212,7 +212,7 @@ def _write_scores(result: Result, path: Path) -> None:
 
 def score_column(entry: str) -> str:
     """Returns the column of scores.parquet that holds an entry of the trace with a number per row."""
-    return entry if entry in ("utility", "risk") else f"trace/{entry}"
+    return entry if entry in ("utility", "risk", "overlap") else f"trace/{entry}"
 
 
 def _per_row(result: Result) -> dict[str, list[float | None]]:

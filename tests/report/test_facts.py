@@ -71,6 +71,7 @@ def test_signed_conflict_is_shown_where_risk_is_nearly_always_zero() -> None:
     assert facts.axes(others | {"risk": rare}) == ("utility", "conflict")
     assert facts.axes(others | {"risk": often}) == ("utility", "risk")
     assert facts.axes({"utility": np.arange(20.0), "risk": rare}) == ("utility", "risk")
+    assert facts.axes(others | {"overlap": often + 0.1}) == ("utility", "overlap")
 
 
 def test_a_small_pool_is_drawn_whole(small_page: Callable[..., Page]) -> None:

@@ -47,6 +47,20 @@ def test_the_comparison_names_direction_and_both_numbers(small_page: Callable[..
     assert "more often (100% of them, 50% of the pool) and are shorter" in said(worst)[2]
 
 
+def test_overlap_is_compared_by_its_median_and_is_no_conflict(small_page: Callable[..., Page]) -> None:
+    columns = {
+        "utility": torch.tensor([1.0, 2, 3, 4, 5, 6]),
+        "overlap": torch.tensor([0.1, 0.1, 0.1, 0.5, 0.5, 0.5]),
+        "conflict": torch.tensor([-0.1, 0.1, -0.1, 0.5, -0.5, 0.5]),
+    }
+    page = small_page(columns=columns, selection=rows(0, 1))
+    assert "touch general knowledge less (median overlap 0.1, pool 0.3)" in said(page)[2]
+    assert "push against" not in said(page)[2]
+    names = [number.name for number in summary.five_numbers(page, facts.row_values(page))]
+    assert not any("push against" in name for name in names)
+    assert any("overlap" in name for name in names)
+
+
 def test_a_selection_of_nothing_or_everything_is_not_compared(small_page: Callable[..., Page]) -> None:
     assert said(small_page(selection=rows()))[2].startswith("Nothing was chosen")
     assert said(small_page(selection=rows(0, 1, 2, 3, 4, 5)))[2].startswith("Everything was chosen")

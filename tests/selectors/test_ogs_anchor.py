@@ -82,7 +82,7 @@ def test_the_worst_conflict_counts():
     problem, G, anchors = world(1, apart=3.0)
     conflicts = torch.stack([-torch.cosine_similarity(G, part.mean(0)[None], dim=1) for part in anchors.values()])
     assert torch.allclose(worst_conflict(problem.candidates), conflicts.amax(0))
-    selection = OGSStatic(against="categories").select(problem, Budget.parse("5"), torch.Generator())
+    selection = OGSStatic(against="categories", risk="conflict").select(problem, Budget.parse("5"), torch.Generator())
     assert selection.trace["risk"] == pytest.approx(conflicts.amax(0).clamp(min=0).tolist())
     assert selection.trace["references"] == ["target", *(f"anchor:{name}" for name in CATEGORIES)]
 
@@ -93,9 +93,9 @@ def test_methods_use_the_form_that_was_asked_for():
     for normalize in ("none", "example", "category"):
         orth = 1 - anchor_cosine(problem, normalize).abs()
         assert OrthOnly(normalize=normalize).select(problem, budget, rng).scores.tolist() == orth.tolist()
-        risk = (-anchor_cosine(problem, normalize)).clamp(min=0)
+        risk = anchor_cosine(problem, normalize).abs()
         static = OGSStatic(against="plain", normalize=normalize).select(problem, budget, rng)
-        assert static.trace["risk"] == risk.tolist()
+        assert static.trace["overlap"] == risk.tolist()
     selection = OrthOnly(space="categories", energy=1.0).select(problem, budget, rng)
     assert selection.scores.tolist() == subspace_orth(problem, 1.0)[0].tolist()
     assert selection.trace["rank"] == 3

@@ -24,6 +24,7 @@ def of(utility, risk, sketch=None, **columns):
 
 
 def select(problem, budget, seed=0, **fields):
+    fields = {"against": "contrast", "risk": "conflict"} | fields  # what the exact problems here are made for
     return OGSStatic(**fields).select(problem, Budget.parse(budget), torch.Generator().manual_seed(seed))
 
 
@@ -174,11 +175,17 @@ def test_overlap_counts_agreement_with_the_anchor_as_much_as_conflict():
     cosine = [0.9, -0.9, 0.1, -0.2, 0.0]
     problem = of([0.9, 0.8, 0.3, 0.2, 0.1], [0.0] * 5, dot__anchor=cosine)
     overlap = select(problem, 2, against="plain", risk="overlap")
-    assert overlap.trace["risk"] == pytest.approx([abs(c) for c in cosine])
+    assert overlap.trace["overlap"] == pytest.approx([abs(c) for c in cosine])
     assert {0, 1}.isdisjoint(overlap.rows.tolist())  # with one of them the mean is above the bound, the median 0.2
     assert sorted(select(problem, 2, against="plain").rows.tolist()) == [0, 2]  # agreement is free, conflict is not
     both = of([0.5] * 3, [0.3, -0.7, 0.1], dot__anchor=[-0.2, 0.6, 0.4])
-    assert select(both, 1, against="both", risk="overlap").trace["risk"] == pytest.approx([0.3, 0.7, 0.4])
+    trace = select(both, 1, against="both", risk="overlap").trace
+    assert trace["overlap"] == pytest.approx([0.3, 0.6, 0.4])  # to agree with a contrast (-0.7) is no risk
+    rule = OGSStatic()
+    assert rule.select(problem, Budget.parse("2"), torch.Generator()).trace["overlap"] == pytest.approx(
+        [abs(c) for c in cosine]
+    )
+    assert rule.needs == {"norm", "dot/target", "dot/anchor"}
 
 
 def test_a_bound_that_does_not_bind_is_reported_with_its_cures():
@@ -187,7 +194,7 @@ def test_a_bound_that_does_not_bind_is_reported_with_its_cures():
     assert selection.trace["lambda"] == 0
     assert selection.rows.tolist() == [0, 1]
     assert noted(selection, "λ not binding")
-    assert noted(selection, "use --against contrast, --form filter or a lower --bound")
+    assert noted(selection, "use --risk overlap, --against contrast, --form filter or a lower --bound")
     binding = select(of([0.9, 0.6, 0.5], [0.9, 0.1, 0.1]), 1)
     assert binding.trace["lambda"] > 0
     assert not noted(binding, "λ not binding")

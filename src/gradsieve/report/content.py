@@ -19,8 +19,8 @@ LONG_TEXT = 20_000  # characters of one text in the lists of examples
 EXCERPT = 360  # characters shown before "show all"
 MOST_EXCLUDED = 200  # listed by id
 MOST_GROUPS = 40  # listed by name
-_HISTOGRAMS = ("tokens", "loss", "norm", "score", "utility", "cos/target", "risk", "conflict")
-_BESIDE_TEXT = ("utility", "cos/target", "risk", "conflict", "score", "tokens", "loss", "norm")
+_HISTOGRAMS = ("tokens", "loss", "norm", "score", "utility", "cos/target", "risk", "overlap", "conflict")
+_BESIDE_TEXT = ("utility", "cos/target", "risk", "overlap", "conflict", "score", "tokens", "loss", "norm")
 
 
 def content(page: Page) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gradsieve.report.page import Page
 
 _REPEATS = re.compile(r"(copy|near-duplicate) of (.+)", re.DOTALL)  # the reasons that the filter for duplicates gives
 MOST_POINTS = 3000  # drawn in the scatter
-_FIRST = ("utility", "risk", "conflict", "cos/target", "score", "tokens", "completion_tokens", "loss", "norm")
+_FIRST = ("utility", "risk", "overlap", "conflict", "cos/target", "score", "tokens", "completion_tokens", "loss", "norm")
 _OWN_FIGURE = frozenset({"density", "band", "path", "steps", "walk", "layout", "bars"})
 
 
@@ -84,8 +84,8 @@ def axes(values: Mapping[str, Floats]) -> tuple[str, str] | None:
     """
     names = varied(values)
     x = next((name for name in ("utility", "cos/target") if name in names), None)
-    y = "risk" if "risk" in names else None
-    if "conflict" in names and (y is None or np.mean(values["risk"] > 0) < 0.1):
+    y: str | None = next((name for name in ("overlap", "risk") if name in names), None)
+    if "conflict" in names and (y is None or np.mean(values[y] > 0) < 0.1):
         y = "conflict"
     if x and y:
         return x, y

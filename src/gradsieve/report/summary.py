@@ -47,8 +47,10 @@ def _difference(page: Page, values: Mapping[str, Floats]) -> str:
     agreement = next((name for name in ("utility", "cos/target") if name in values), None)
     for name in [agreement] if agreement else []:
         _add(differ, alike, facts.compare(name, values[name], chosen))
-    conflict = next((name for name in ("risk", "conflict") if name in values), None)
-    if conflict:
+    conflict = next((name for name in ("overlap", "risk", "conflict") if name in values), None)
+    if conflict == "overlap":
+        _add(differ, alike, facts.compare(conflict, values[conflict], chosen))
+    elif conflict:
         before, after = _share_above_zero(values[conflict]), _share_above_zero(values[conflict][chosen])
         shares = f"{wording.percent(after)} of them, {wording.percent(before)} of the pool"
         if abs(after - before) >= 0.01:
@@ -93,9 +95,11 @@ def five_numbers(page: Page, values: Mapping[str, Floats]) -> list[Number]:
         each = f"; {tokens[chosen].mean():,.0f} an example, {tokens.mean():,.0f} in the pool" if k else ""
         numbers.append(Number(f"{tokens[chosen].sum():,.0f}", "tokens to train on", f"{share} of the pool’s{each}"))
     agreement = next((name for name in ("utility", "cos/target") if name in values), None)
-    conflict = next((name for name in ("risk", "conflict") if name in values), None)
+    conflict = next((name for name in ("overlap", "risk", "conflict") if name in values), None)
     medians = [agreement] if agreement else []
-    if conflict:
+    if conflict == "overlap":
+        medians.append(conflict)
+    elif conflict:
         numbers.append(
             Number(
                 wording.percent(_share_above_zero(values[conflict][chosen])),
@@ -108,7 +112,7 @@ def five_numbers(page: Page, values: Mapping[str, Floats]) -> list[Number]:
     cost = _cost(page.stages)
     for name in medians[: 5 - len(numbers) - bool(cost)]:
         c = facts.compare(name, values[name], chosen)
-        at = len(numbers) if name != agreement else len(numbers) - bool(conflict)
+        at = len(numbers) if name != agreement else len(numbers) - bool(conflict and conflict != "overlap")
         numbers.insert(
             at,
             Number(

@@ -34,6 +34,12 @@ _LABELS = {
         "utility", "agreement of the gradient with the target", "agree more with the target", "agree less with the target"
     ),
     "risk": Label("conflict", "push against general knowledge, 0 where there is none", "conflict more", "conflict less"),
+    "overlap": Label(
+        "overlap",
+        "size of the cosine to general knowledge, for or against it",
+        "touch general knowledge more",
+        "touch general knowledge less",
+    ),
     "conflict": Label(
         "signed conflict",
         "minus the cosine to the anchor; above 0 it pushes against general knowledge",

@@ -139,7 +139,7 @@ class OGS:
     @property
     def needs(self) -> frozenset[str]:
         """Sketches of pool, target and anchor, and the norm, loss and exact products of the pool."""
-        rule = OGSStatic(against=self.against, normalize=self.normalize)
+        rule = OGSStatic(against=self.against, normalize=self.normalize, risk="conflict")
         live = {"navigator"} if self.fidelity == "navigator" else set()
         return rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"} | live
 
@@ -248,7 +248,7 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     pool, by_id = problem.candidates, id_order(problem.candidates.ids)
     utility, keep = cosines(pool, "target"), cosines(pool, "anchor")
     notes = zero_note(pool, utility.isnan(), "ogs")
-    rule = OGSStatic(against=ogs.against, normalize=ogs.normalize).select(problem, budget, rng)
+    rule = OGSStatic(against=ogs.against, normalize=ogs.normalize, risk="conflict").select(problem, budget, rng)
     risk = torch.tensor(rule.trace["risk"], dtype=torch.float64)
     epsilon = _epsilon(ogs, risk)
     references = sorted({"target", "anchor", *rule.trace["references"]})

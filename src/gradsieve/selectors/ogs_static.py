@@ -42,27 +42,29 @@ _TOLERANCE = 1e-12  # on a mean risk, for the rounding of the mean itself
 
 @dataclass(frozen=True)
 class OGSStatic:
-    """Picks examples whose gradient points to the target and does not push against general abilities.
+    """Picks examples whose gradient points to the target and leaves general abilities where they are.
 
-    Utility a(z) = cos(g_z, g_target) (Eq. OGS-5). Risk is the largest max(0, -cos(g_z, r)) over the references r of the anchor
-    (Eq. OGS-3, OGS-10), or the largest |cos(g_z, r)|. With first-order gain and forgetting the constrained problem of OGS
-    (2026, arXiv:2602.06359) has a threshold rule as its solution: the top k by a(z) - λ·risk(z), λ the smallest that brings the
-    mean risk of the chosen within its bound (Eq. OGS-8). All cosines come from exact products, never from sketches.
+    Utility a(z) = cos(g_z, g_target) (Eq. OGS-5). Risk is |cos(g_z, r)| (1 - Orth of Eq. OGS-2) or max(0, -cos(g_z, r)) (Eq.
+    OGS-3), the largest over the references r; of contrasts (Eq. OGS-10) always the second. With first-order gain and risk the
+    constrained problem of OGS (2026, arXiv:2602.06359) has a threshold rule as its solution: the top k by a(z) - λ·risk(z), λ
+    the smallest that brings the mean risk of the chosen within its bound (Eq. OGS-8). All cosines come from exact products,
+    never from sketches.
 
     If λ is 0 the anchor changed nothing, and a note says so; if even the least risky examples miss the bound they are chosen,
     and a note gives the mean risk they reach. Examples with a zero gradient have no direction; they get no score, are
     not picked, and a note says so.
 
     Attributes:
-        against: What stands for the abilities to keep. "contrast": every mean difference between right and wrong copies of the
-            same examples that was measured (of anchor categories, and of the target if there is one), which cancels format and
-            topic; "plain": the mean gradient of all anchor examples, to which nearly every chat example has a positive cosine;
-            "both"; "categories": the mean gradient of each category by itself, so that the worst conflict counts (Eq. OGS-4).
+        against: What stands for the abilities to keep. "plain": the mean gradient of all anchor examples; "contrast": every
+            mean difference between right and wrong copies of the same examples that was measured (of anchor categories, and
+            of the target if there is one), which cancels format and topic; "both"; "categories": the mean gradient of each
+            category by itself, so that the worst counts (Eq. OGS-4).
         normalize: How the mean of "plain" and "both" is taken: "none"; "example": of unit gradients, so that no long gradient
             rules; "category": of the categories' unit means, so that no large category does (Eq. OGS-1).
-        risk: "conflict": max(0, -cos), what raises the loss of the references to first order (Eq. OGS-3); "overlap": |cos|,
-            what moves the model there at all, for better or for worse (1 - Orth of Eq. OGS-2): the divergence from the
-            untouched model does not ask for the sign.
+        risk: How the mean of the anchor, or of a category, counts. "overlap": |cos|, what moves the model there at all, for
+            better or for worse (Eq. OGS-2): the divergence from the untouched model does not ask for the sign, and nearly
+            every chat example agrees with that mean; "conflict": max(0, -cos), what raises the loss there to first order
+            (Eq. OGS-3). A contrast counts by conflict: to agree with what is right is no risk.
         utility: "mean": the exact cosine to the target's mean gradient; "nearest": the mean cosine to the `neighbours` targets
             nearest in direction, after the pool's mean direction was taken out of both sides; it sees topics that the mean
             of a mixed target averages away, and reads sketches; "hidden": the same of last hidden states in place of gradients,
@@ -85,9 +87,9 @@ class OGSStatic:
         bins: Number of length strata of equal size, at least 2; read with stratify "length" only.
     """
 
-    against: Against = "contrast"
+    against: Against = "plain"
     normalize: Normalize = "none"
-    risk: Risk = "conflict"
+    risk: Risk = "overlap"
     utility: Utility = "mean"
     neighbours: int = 5
     form: Form = "top"
@@ -101,7 +103,7 @@ class OGSStatic:
 
     title: ClassVar[str] = "OGS (static)"
     picks_by: ClassVar[str] = (
-        "agreement of an example's gradient with the target, held against its conflict with general abilities"
+        "agreement of an example's gradient with the target, held against how far it moves general abilities"
     )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
     cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest or hidden O(nmd)"
@@ -162,9 +164,10 @@ class OGSStatic:
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the chosen, best first; scores are a - λ·risk ("top"), utility ("filter" by utility) or -risk.
 
-        The trace holds `utility` and `risk` of every candidate, their means, the references behind them and, for "top", the
-        bound, λ (None where the order is by risk first) and (λ, mean risk, mean utility) for every λ tried; `gap` bounds by how
-        much the summed utility can fall short of the optimum. `rng` is used by draw "random" only.
+        The trace holds `utility` and `risk` of every candidate (`overlap` where a mean counts so), their means, the references
+        behind them and, for "top", the bound, λ (None where the order is by risk first) and (λ, mean risk, mean utility) for
+        every λ tried; `gap` bounds by how much the summed utility can fall short of the optimum. `rng` is used by draw "random"
+        only.
         """
         pool = problem.candidates
         references = self._risk_references(pool)
@@ -176,17 +179,18 @@ class OGSStatic:
         zero = zero if states is None else zero | states.zero
         notes = zero_note(pool, zero, "ogs-static")
 
-        conflicts = [-cosines(pool, name) for name in references]
+        means = self.against == "categories"
+        risks = [self._risk_of(cosines(pool, name), mean=means) for name in references]
         if self.against in ("plain", "both"):
-            conflicts.append(-anchor_cosine(problem, self.normalize))
+            risks.append(self._risk_of(anchor_cosine(problem, self.normalize), mean=True))
             references = [*references, *_behind(pool, self.normalize)]
-        overlap = self.risk == "overlap"
-        risk = torch.stack([conflict.abs() if overlap else conflict.clamp(min=0) for conflict in conflicts]).amax(0)
+        risk = torch.stack(risks).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
             scores["utility"] = self._utility(problem, states or directions).where(~zero, torch.nan)
             references = ["target", *references] if self.utility == "mean" else references
-        correlation, length_notes = length_check(scores, pool)
+        shown = {"overlap" if name == "risk" and self._overlaps else name: values for name, values in scores.items()}
+        correlation, length_notes = length_check(shown, pool)
         notes += reference_notes(problem, references) + anchor_notes(problem, references)
         notes += zero_risk_note(scores["risk"], self.against) + length_notes
 
@@ -194,7 +198,7 @@ class OGSStatic:
             chosen = self._top(scores, pool, budget)
         else:
             chosen = self._filter(scores, directions, pool, budget, rng)
-        trace: dict[str, Any] = {name: values.tolist() for name, values in scores.items()}
+        trace: dict[str, Any] = {name: values.tolist() for name, values in shown.items()}
         trace |= {f"mean_{name}": exact_mean(values[chosen.rows]) for name, values in scores.items()}
         trace |= {f"pool_mean_{name}": exact_mean(values) for name, values in scores.items()}
         trace |= {"references": references, "length_correlation": correlation, **chosen.trace}
@@ -207,6 +211,14 @@ class OGSStatic:
         if self.against == "plain":
             return []
         return [name.removeprefix("dot/") for name in matching(pool, "dot/contrast/*")]
+
+    def _risk_of(self, cosine: Tensor, mean: bool) -> Tensor:
+        """The risk that one reference sees, a mean or a contrast."""
+        return cosine.abs() if mean and self._overlaps else (-cosine).clamp(min=0)
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.risk == "overlap" and self.against != "contrast"
 
     def _utility(self, problem: Problem, directions: Directions | None) -> Tensor:
         if self.utility != "mean" and directions is not None and problem.targets is not None:
@@ -257,7 +269,8 @@ class OGSStatic:
             ]
         if penalty > 0:
             return []
-        cures = ["--form filter"] if self.against in ("contrast", "both") else ["--against contrast", "--form filter"]
+        conflict_of_mean = self.against in ("plain", "categories") and not self._overlaps
+        cures = ["--risk overlap", "--against contrast", "--form filter"] if conflict_of_mean else ["--form filter"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
             f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
