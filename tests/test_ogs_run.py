@@ -50,7 +50,7 @@ def shown(path: Path) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", path.read_text())).split())
 
 
-@pytest.mark.parametrize("method", [["ogs", *QUICK, "--epsilon", "1000"], ["ogs-static", "--against", "plain"]])
+@pytest.mark.parametrize("method", [["ogs", *QUICK, "--epsilon", "1000"], ["ogs-static", "--risk", "conflict"]])
 def test_warnings_stand_in_terminal_and_report_with_their_cure(
     method: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

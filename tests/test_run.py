@@ -25,7 +25,7 @@ def test_a_store_serves_methods_that_need_less_and_refuses_others(
 ) -> None:
     common = {"model": str(tiny_model), **data, "budget": "5", **SMALL}
     store = str(tmp_path / "store")
-    gs.select("ogs-static", store=store, **common)
+    gs.select("ogs-static", store=store, settings={"against": "contrast"}, **common)
     before = {p: p.stat().st_mtime_ns for p in Path(store).rglob("*.safetensors")}
     gs.select(GRADS, store=store, **common)
     gs.select(LESS, store=store, **common)
@@ -40,7 +40,7 @@ def test_a_reused_store_shows_only_the_references_asked_for(
     data: dict[str, str], tiny_model: Path, write_data: Write, tmp_path: Path
 ) -> None:
     code = str(write_data("code", 6, category="code"))
-    settings = {"form": "filter", "draw": "random", "drop": 50.0}
+    settings = {"against": "contrast", "form": "filter", "draw": "random", "drop": 50.0}
     common = {"model": str(tiny_model), "pool": data["pool"], "budget": "6", "settings": settings, **SMALL}
     store = str(tmp_path / "store")
     gs.select("ogs-static", target=data["target"], anchor=(data["anchor"], code), store=store, **common)
