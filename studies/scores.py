@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from gradsieve.data import TokenSet, read_examples, row_fields
@@ -30,8 +31,8 @@ KINDS = ("swapped", "off-domain", "near-duplicate", "false-arithmetic", "mixed-n
 
 def auc(score: Tensor, faulty: Tensor, sound: Tensor) -> float:
     """Returns the chance that a faulty row has the lower score, ties counted half."""
-    a, b = score[faulty][:, None], score[sound][None]
-    return float(((a < b).double() + 0.5 * (a == b).double()).mean())
+    known = faulty | sound
+    return float(roc_auc_score(faulty[known].numpy(), -score[known].numpy()))
 
 
 def scores(pool: Gradients) -> dict[str, Tensor]:

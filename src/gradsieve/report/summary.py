@@ -96,7 +96,7 @@ def five_numbers(page: Page, values: Mapping[str, Floats]) -> list[Number]:
         numbers.append(Number(f"{tokens[chosen].sum():,.0f}", "tokens to train on", f"{share} of the pool’s{each}"))
     agreement = next((name for name in ("utility", "cos/target") if name in values), None)
     conflict = next((name for name in ("overlap", "risk", "conflict") if name in values), None)
-    medians = [agreement] if agreement else []
+    medians, place = [agreement] if agreement else [], len(numbers)
     if conflict == "overlap":
         medians.append(conflict)
     elif conflict:
@@ -112,7 +112,7 @@ def five_numbers(page: Page, values: Mapping[str, Floats]) -> list[Number]:
     cost = _cost(page.stages)
     for name in medians[: 5 - len(numbers) - bool(cost)]:
         c = facts.compare(name, values[name], chosen)
-        at = len(numbers) if name != agreement else len(numbers) - bool(conflict and conflict != "overlap")
+        at = place if name == agreement else len(numbers)
         numbers.insert(
             at,
             Number(

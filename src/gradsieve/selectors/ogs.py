@@ -116,7 +116,7 @@ class OGS:
         check_choice("fidelity", self.fidelity, Fidelity)
         check_choice("against", self.against, Against)
         check_choice("order", self.order, Order)
-        OGSStatic(against=self.against, normalize=self.normalize)  # refuses what does not go together
+        _ = self._rule  # refuses what does not go together
         for name in ("clusters", "general_clusters", "batch", "updates", "episodes", "rounds", "measurements"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -137,11 +137,15 @@ class OGS:
             raise InvalidArgument("constraint must be loss or risk with fidelity linear, which has no KL, got kl")
 
     @property
+    def _rule(self) -> OGSStatic:
+        """The threshold rule with the same references: risk comes from it, and it is compared with."""
+        return OGSStatic(against=self.against, normalize=self.normalize, risk="conflict")
+
+    @property
     def needs(self) -> frozenset[str]:
         """Sketches of pool, target and anchor, and the norm, loss and exact products of the pool."""
-        rule = OGSStatic(against=self.against, normalize=self.normalize, risk="conflict")
         live = {"navigator"} if self.fidelity == "navigator" else set()
-        return rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"} | live
+        return self._rule.needs | {"sketch", "targets", "anchors", "loss", "dot/anchor"} | live
 
     def select(self, problem: Problem, budget: Budget, rng: torch.Generator) -> Selection:
         """Returns the examples in the order in which the greedy policy draws them; scores are those of `order`.
@@ -248,7 +252,7 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     pool, by_id = problem.candidates, id_order(problem.candidates.ids)
     utility, keep = cosines(pool, "target"), cosines(pool, "anchor")
     notes = zero_note(pool, utility.isnan(), "ogs")
-    rule = OGSStatic(against=ogs.against, normalize=ogs.normalize, risk="conflict").select(problem, budget, rng)
+    rule = ogs._rule.select(problem, budget, rng)
     risk = torch.tensor(rule.trace["risk"], dtype=torch.float64)
     epsilon = _epsilon(ogs, risk)
     references = sorted({"target", "anchor", *rule.trace["references"]})
