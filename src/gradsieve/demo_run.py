@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from gradsieve.pipeline import Result
 
-# a filter by contrast, then the highest utility: what a first study of planted faults spoke for
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ogs-static": {"against": "contrast", "form": "filter", "drop": 35.0, "draw": "utility"},
     # the demo takes gradients of the model as it is: a warm-up would need the extra `train`
     "grads": {"probe_epochs": 0},
     "g2is": {"warmup_share": 0.0},
