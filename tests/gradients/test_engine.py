@@ -386,16 +386,20 @@ def test_a_head_that_does_more_than_a_product_is_refused(twin: Any) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_backward_stops_below_the_lowest_chosen_layer(twin: Any) -> None:
-    model, batch = twin.model("llama"), twin.pad(twin.rows(LENGTHS))
-    reached = []
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: reached.append(output.requires_grad))
-    with GradientEngine(model, EngineSettings("last:1", signals=False)) as engine:
-        engine.block(batch)
-    with GradientEngine(model, EngineSettings("linear", signals=False)) as engine:
-        engine.block(batch)
-    assert reached[-1] is True
-    assert reached[-2] is False or reached[1] is False
+@pytest.mark.parametrize(
+    ("spec", "lowest"),
+    [("linear", 0), ("last:1", 1), ("re:layers.1.*down_proj", 1), ("lora", 0), ("re:layers.1.*lora_", 1), ("lm-head", None)],
+)
+def test_backward_stops_below_the_lowest_chosen_layer(twin: Any, spec: str, lowest: int | None) -> None:
+    model = twin.model("llama")
+    if "lora" in spec:
+        model = twin.lora(model, torch.float32).get_base_model()
+    reached: dict[int, bool] = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda module, args, output, i=i: reached.update({i: output.requires_grad}))
+    with GradientEngine(model, EngineSettings(spec, signals=False)) as engine:
+        engine.block(twin.pad(twin.rows(LENGTHS)))
+    assert reached == {i: lowest is not None and i >= lowest for i in (0, 1)}
 
 
 @pytest.mark.parametrize("spec", ["linear", "all"])
