@@ -309,6 +309,30 @@ def test_adapters_of_the_embedding_are_refused(twin: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modules_to_save": ["input_layernorm"]}, r"layernorm\.modules_to_save\.default\.weight .* got one of ModulesToSave"),
+        ({"trainable_token_indices": [3]}, r"token_adapter\.trainable_tokens_delta\.default must be a LoRA matrix"),
+        ({"kind": "VeraConfig"}, r"q_proj\.vera_lambda_b\.default must be .*; name what to take, such as --params lora"),
+        ({"kind": "OFTConfig", "r": 4, "oft_block_size": 0}, r"q_proj\.oft_R\.default\.weight must be a LoRA matrix"),
+        ({"kind": "PromptTuningConfig", "num_virtual_tokens": 3}, "PromptTuningConfig, which adds tokens to the prompt"),
+    ],
+)
+def test_what_peft_trains_beside_lora_is_not_left_out_in_silence(twin: Any, config: dict[str, Any], message: str) -> None:
+    import peft
+
+    kind = getattr(peft, config.get("kind", "LoraConfig"))
+    place = {"task_type": "CAUSAL_LM"} if kind is peft.PromptTuningConfig else {"target_modules": ["q_proj"]}
+    options = {key: value for key, value in config.items() if key != "kind"}
+    model = twin.lora(build("mistral"), torch.float64, config=kind(**place, **options))
+    with pytest.raises(ModelError, match=message):
+        GradientEngine(model)
+    if "modules_to_save" in config:
+        names = [name for name, p in model.get_base_model().named_parameters() if p.requires_grad]
+        twin.compare(model.get_base_model(), "lora,re:modules_to_save", names, twin.rows(LENGTHS), 1e-9)
+
+
 def test_adapters_of_the_head_are_refused(twin: Any) -> None:
     from peft import LoraConfig
 

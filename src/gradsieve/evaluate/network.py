@@ -91,10 +91,6 @@ class Network:
     """A model taken apart: hidden states, and the log-probabilities that its head makes of them."""
 
     def __init__(self, model: nn.Module, device: str | None, around: Callable[[], AbstractContextManager[Any]] = nullcontext):
-        config = getattr(model, "active_peft_config", None)
-        if config is not None and config.is_prompt_learning:
-            name = type(config).__name__
-            raise ModelError(f"adapters must change layers (LoRA and its kin), got {name}, which adds tokens to the prompt")
         self.model = model
         self._around = around
         self._inner: Any = unwrap(model)

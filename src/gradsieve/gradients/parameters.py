@@ -11,7 +11,7 @@ A specification is a comma-separated list of terms:
     lora        every LoRA matrix of a PEFT model
     last:N      `linear`, in the last N decoder blocks only; the backward pass stops there
     re:PATTERN  parameters whose full name matches the regular expression (re.search)
-    auto        `lora` for a PEFT model, else `linear`
+    auto        `lora` for a PEFT model, else `linear`; refused where PEFT trains anything beside LoRA matrices
 """
 
 from __future__ import annotations
@@ -70,7 +70,15 @@ class Site:
 
 
 def unwrap(model: Any) -> Any:
-    """Returns the transformers model inside a PEFT wrapper, or the model itself."""
+    """Returns the transformers model inside a PEFT wrapper, or the model itself.
+
+    Raises:
+        ModelError: The wrapper adds tokens to the prompt, which the model inside knows nothing of.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        name = type(config).__name__
+        raise ModelError(f"adapters must change layers (LoRA and its kin), got {name}, which adds tokens to the prompt")
     get_base = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
 
@@ -98,6 +106,7 @@ def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
         ModelError: A chosen parameter has no rule.
     """
     if spec == "auto":
+        _require_lora_alone(model)
         spec = "lora" if is_adapted(model) else "linear"
     sites = _sites(model)
     chosen: dict[str, Site | str] = {}
@@ -114,6 +123,18 @@ def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
                 "leave it out with --params re:PATTERN or --params linear"
             )
     return [site for name, site in sites.items() if name in chosen and isinstance(site, Site)]
+
+
+def _require_lora_alone(model: nn.Module) -> None:
+    """Raises ModelError where PEFT trains something beside LoRA matrices: neither `lora` nor `linear` would have it."""
+    for prefix, module in model.named_modules():
+        others = [short for short in getattr(module, "adapter_layer_names", ()) if not short.startswith("lora_")]
+        for name, _ in module.named_parameters():
+            if any(name.startswith(f"{short}.") for short in others):
+                raise ModelError(
+                    f"parameter {prefix}.{name} must be a LoRA matrix for --params auto, got one of {type(module).__name__}; "
+                    "name what to take, such as --params lora, linear or re:PATTERN"
+                )
 
 
 def chosen_size(model: nn.Module, spec: str) -> int:
