@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsieve as gs
+from gradsieve import cli
 from gradsieve.compute import ComputeSettings, form_note, token_batches, with_form
 from gradsieve.data import TokenSet, read_examples
 from gradsieve.data.corrupt import corrupt
@@ -22,6 +23,7 @@ from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import find_model
 from gradsieve.references import UnitMean, contrast, linked, measure_references
+from gradsieve.terminal import print_result
 
 Write = Callable[..., Path]
 SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200, "budget": "25%"}
@@ -169,7 +171,7 @@ def test_checkpointing_changes_no_number(data: dict[str, str], tiny_model: Path,
 
 
 def test_every_reason_for_leaving_an_example_out_reaches_the_ledger_and_the_others_go_on(
-    write_data: Write, tiny_model: Path, tmp_path: Path
+    write_data: Write, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(id: str, prompt: str, answer: dict[str, Any]) -> str:
         return json.dumps({"id": id, "messages": [{"role": "user", "content": prompt}, {"role": "assistant", **answer}]})
@@ -184,15 +186,22 @@ def test_every_reason_for_leaving_an_example_out_reaches_the_ledger_and_the_othe
     model: Any = source.load(torch.float32, "cpu")
     with torch.no_grad():
         model.model.embed_tokens.weight[source.tokenizer("~")["input_ids"][-1]] = torch.inf
-    result = gs.select(
-        "orth-only", model=model, tokenizer=source.tokenizer, pool=str(pool), out=tmp_path / "out", max_length=300,
-        anchor=str(write_data("anchor", 6)), target=str(write_data("target", 4)), **(SMALL | {"budget": "2"}),
-    )  # fmt: skip
-    ledger = [json.loads(row) for row in (tmp_path / "out" / "excluded.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["row"], row["reason"].partition(":")[0]) for row in ledger] == [
-        ("damaged", 1, "its gradient is not finite (NaN or infinite)"),
-        ("silent", 3, "no completion tokens"),
-        ("long", 5, "no completion tokens after truncation"),
-    ]
+    model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    common = {"model": str(tmp_path / "model"), "pool": str(pool), "target": str(write_data("target", 4)), "max_length": 300}
+    common |= {"anchor": str(write_data("anchor", 6)), "store": str(tmp_path / "store"), **SMALL, "budget": "2"}
+    flags = [word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    assert cli.run(["extract", *flags]) == 0
+    assert f"3 could not be used; {tmp_path / 'store' / 'excluded.jsonl'} says why" in capsys.readouterr().out
+    result = gs.select("orth-only", out=tmp_path / "out", **common)
+    print_result(result, tmp_path / "out")
+    assert "orth-only chose 2 of 6 examples, 3 could not be used." in capsys.readouterr().out
+    for folder in ("store", "out"):
+        ledger = [json.loads(row) for row in (tmp_path / folder / "excluded.jsonl").read_text().splitlines()]
+        assert [(row["id"], row["row"], row["reason"].partition(":")[0]) for row in ledger] == [
+            ("damaged", 1, "its gradient is not finite (NaN or infinite)"),
+            ("silent", 3, "no completion tokens"),
+            ("long", 5, "no completion tokens after truncation"),
+        ]
     assert sorted(result.pool.ids) == [f"good-{i}" for i in range(6)]
     assert len(result.examples) == 2

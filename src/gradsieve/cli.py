@@ -126,12 +126,9 @@ def _extract(arguments: list[str]) -> int:
     for note in done.notes:
         make_console().print(f"note: {note}", style="yellow", markup=False, highlight=False)
     candidates = done.problem.candidates
-    left_out = (
-        f"; {len(done.excluded)} could not be used, the first, {done.excluded[0].id}: {done.excluded[0].reason}"
-        if (done.excluded)
-        else ""
-    )
-    print(f"{len(candidates.ids)} examples x {candidates.dim} numbers in {parsed.job.store}{left_out}")
+    print(f"{len(candidates.ids)} examples x {candidates.dim} numbers in {parsed.job.store}")
+    if done.excluded:
+        print(f"{len(done.excluded)} could not be used; {Path(parsed.job.store) / 'excluded.jsonl'} says why")
     return _print_check(done.checked, parsed.check) if done.checked else 0
 
 

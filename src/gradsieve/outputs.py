@@ -27,7 +27,7 @@ import xxhash
 from gradsieve import __version__
 from gradsieve.atomic import replacing, write_atomically
 from gradsieve.clock import Progress, silent
-from gradsieve.data import row_fields, write_jsonl, write_lines
+from gradsieve.data import Excluded, row_fields, write_jsonl, write_lines
 from gradsieve.demo import is_demo
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.pipeline import Result, method_class, select
@@ -49,15 +49,23 @@ def save(result: Result, out: Path) -> Path:
     with result.clock.stage("writing"):
         write_jsonl(out / "selected.jsonl", result.examples)
         _write_scores(result, out / "scores.parquet")
-        excluded = [
-            {"id": e.id, "row": e.position, "reason": e.reason, "origin": result.sets["pool"].examples[e.position].origin}
-            for e in result.excluded
-        ]
-        write_lines(out / "excluded.jsonl", (json.dumps(row, ensure_ascii=False).encode() for row in excluded))
+        write_excluded(out, result.excluded, result.sets["pool"].examples)
     record = _record(result)
     write_atomically(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
     write_report(page(result, record), out / "report.html")
     return out
+
+
+def write_excluded(out: Path, excluded: Iterable[Excluded], examples: Sequence[Example]) -> None:
+    """Writes `excluded.jsonl` into a folder: a line with the reason for each example that could not be used.
+
+    Args:
+        out: The folder, which exists.
+        excluded: Those examples, by their position.
+        examples: The whole pool.
+    """
+    rows = ({"id": e.id, "row": e.position, "reason": e.reason, "origin": examples[e.position].origin} for e in excluded)
+    write_lines(out / "excluded.jsonl", (json.dumps(row, ensure_ascii=False).encode() for row in rows))
 
 
 @dataclass(frozen=True)

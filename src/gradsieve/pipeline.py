@@ -218,6 +218,7 @@ def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction
     """Takes the gradients of a pool into `job.store`, with sketches of target and anchor and products with their references.
 
     Every method then finds what it needs there, but for `ifd`, which takes the answers alone besides. `job.budget` is not read.
+    `excluded.jsonl` in the store's folder has the examples of this pool that could not be used, with the reason.
 
     Args:
         job: What to extract from, with which model, into which store.
@@ -227,6 +228,8 @@ def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction
     Raises:
         GradsieveError: Whatever the user can mend.
     """
+    from gradsieve.outputs import write_excluded
+
     if job.store is None:
         raise InvalidArgument("--store must name a folder for the gradients, got none")
     needs = {"sketch", "norm", "hidden"}
@@ -236,8 +239,10 @@ def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction
         needs |= {"anchors", "dot/anchor", "dot/anchor:*", "dot/contrast/*"}
     run = Run(dataclasses.replace(job, budget="100%"), "extract", frozenset(needs), Path(job.store), progress)
     problem = run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
+    excluded = run.excluded(problem.candidates)
+    write_excluded(Path(job.store), excluded, run.sets["pool"].examples)
     checked = run.check(problem.candidates, check) if check else []
-    return Extraction(problem, run.job, tuple(run.notes), run.excluded(problem.candidates), checked)
+    return Extraction(problem, run.job, tuple(run.notes), excluded, checked)
 
 
 def _name(model: Path | torch.nn.Module) -> str:
