@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradsieve.errors import ModelError
 from gradsieve.gradients import head as head_file
+from gradsieve.gradients import vocabulary as vocabulary_file
+from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.head import Head, Supervised
+from gradsieve.gradients.settings import Batch, EngineSettings
+
+MEASURING = Path(__file__).parents[2] / "benchmarks" / "measuring.py"
 
 CONFIGS: list[dict[str, float]] = [{}, {"logits_scaling": 4.0}, {"logit_scale": 0.25}, {"final_logit_softcapping": 2.0}]
 
@@ -83,3 +91,26 @@ def test_positions_are_those_that_predict_and_weights_sum_to_one() -> None:
 def test_an_output_layer_that_is_not_linear_is_refused() -> None:
     with pytest.raises(ModelError, match=r"must be nn\.Linear, got Sequential"):
         Head(SimpleNamespace(get_output_embeddings=lambda: nn.Sequential(), config=SimpleNamespace()))
+
+
+def test_memory_does_not_grow_with_the_vocabulary_times_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_file, "LOGIT_FLOATS", 1 << 18)  # 8 of an example's 24 positions, 32 with the smaller vocabulary
+    monkeypatch.setattr(head_file, "TILE_FLOATS", 1 << 16)
+    monkeypatch.setattr(head_file, "ROWS", 1)
+    monkeypatch.setattr(vocabulary_file, "ROWS_AT_ONCE", 256)
+    peak_mib = runpy.run_path(str(MEASURING))["peak_mib"]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings, peaks = EngineSettings("linear,embedding,lm-head"), dict[tuple[int, int], float]()
+    torch.manual_seed(0)
+    for vocabulary in (8192, 32768):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=False, **sizes))
+        for rows in (1, 4):
+            ids = torch.randint(5, 8192, (rows, 32))
+            labels = ids.clone()
+            labels[:, :8] = -100
+            with GradientEngine(model, settings) as engine:
+                engine.block(Batch(ids, labels))  # projections and room for logits, which stay
+                peaks[vocabulary, rows] = peak_mib(lambda: engine.block(Batch(ids, labels)), "cpu")  # noqa: B023
+            assert engine.head._memory.numel() <= 1 << 18
+    for rows in (1, 4):  # a few numbers per token of the vocabulary; logits of a single example would be 2.25 MiB more
+        assert peaks[32768, rows] - peaks[8192, rows] < 1
