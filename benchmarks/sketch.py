@@ -114,7 +114,7 @@ def signs(rng: np.random.Generator, rows: int, columns: int) -> Tensor:
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-def real_batch(count: int, source: str) -> Batch:
+def real_batch(count: int, source: str, device: str) -> Batch:
     """`count` examples of the demo, half of its pool and half of its anchor, under the model's chat template."""
     from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def real_batch(count: int, source: str) -> Batch:
     pool, anchor = demo_set("pool"), demo_set("anchor")
     examples = pool[:: len(pool) // (count // 2)][: count // 2] + anchor[:: len(anchor) // (count // 2)][: count // 2]
     tokens = tokenize(examples, tokenizer, max_length=128).tokens
-    return Batch(pad([t.input_ids for t in tokens], 0), pad([t.labels for t in tokens], IGNORE))
+    return Batch(pad([t.input_ids for t in tokens], 0).to(device), pad([t.labels for t in tokens], IGNORE).to(device))
 
 
 def stream(model: Any, batch: Batch, takers: Sequence[Callable[[int, Tensor], None]]) -> None:
@@ -139,7 +139,7 @@ def stream(model: Any, batch: Batch, takers: Sequence[Callable[[int, Tensor], No
             a = args[0].detach()
 
             def backward(b: Tensor) -> None:
-                G = torch.bmm(b.mT, a)
+                G = torch.bmm(b.mT, a).cpu()  # the layouts are made on the processor
                 for take in takers:
                     take(number, G)
 
@@ -180,7 +180,7 @@ def ours(model: Any, batch: Batch, dim: int, seeds: int, exact: Tensor) -> dict[
     errors, stored = [], []
     for seed in range(seeds):
         with GradientEngine(model, EngineSettings("linear", SketchPlan(dim, seed), norms=False, signals=False)) as engine:
-            rows = engine.block(batch).sketch
+            rows = engine.block(batch).sketch.cpu()
         errors.append(cosines_of(rows) - exact)
         stored.append(cosines_of(rows.half()) - cosines_of(rows))
     error = torch.stack(errors)
@@ -232,13 +232,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--dense", type=int, nargs="*", default=[], help="also dense projections of these sizes, minutes each")
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    model = load(options.model, options.layers, torch.float32, "cpu")
-    batch = real_batch(options.examples, options.model)
+    model = load(options.model, options.layers, torch.float32, options.device)
+    batch = real_batch(options.examples, options.model, options.device)
     rows = measure(model, batch, options.dim, options.seeds, options.dense)
     print(f"{'':36}{'numbers':>9}{'bytes':>9}{'rmse':>9}{'1/sqrt(d)':>11}{'float16 adds':>14}{'mean error':>12}")
     for row in rows:
@@ -249,7 +250,7 @@ def main() -> None:
         )
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
-        report = {"rows": rows, "machine": machine("cpu"), "versions": versions("torch", "transformers")}
+        report = {"rows": rows, "machine": machine(options.device), "versions": versions("torch", "transformers")}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

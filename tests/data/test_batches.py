@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsieve.compute import BATCH_TOKENS
 from gradsieve.data.batches import batches, pad, plan_units
 from gradsieve.errors import InvalidArgument
+from gradsieve.job import Job
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 
@@ -40,14 +42,15 @@ def test_batches_stay_within_their_size_and_cover_all(lengths: list[int], most: 
         assert len(inside) == 1 or len(inside) * max(inside) <= most
 
 
-def test_padding_of_a_log_normal_pool_is_below_one_percent() -> None:
+@pytest.mark.parametrize("sigma", [0.5, 0.7])  # 0.7 is that of benchmarks/extract.py
+def test_padding_of_a_log_normal_pool_is_below_one_percent(sigma: float) -> None:
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(130), 0.5, 4000), 8, 1024).astype(int).tolist()
-    units = plan_units(lengths, keys_of(lengths), 16384)
+    lengths = np.clip(rng.lognormal(np.log(130), sigma, 4000), 8, 1024).astype(int).tolist()
+    units = plan_units(lengths, keys_of(lengths), Job.unit_tokens)
     padded = real = 0
     for unit in units:
         inside = [lengths[i] for i in unit]
-        for run in batches(inside, 1024):
+        for run in batches(inside, BATCH_TOKENS):
             padded += len(inside[run]) * max(inside[run])
             real += sum(inside[run])
     assert padded / real - 1 < 0.01

@@ -139,6 +139,8 @@ def test_signs_are_the_same_on_every_machine() -> None:
     cell, bucket_sign = plan.vector_buckets("norm", 100)
     found = [digest(part) for part in (plan.projection("q_proj", "in", 576), order, sign, cell, bucket_sign)]
     assert found == EXPECTED
+    wide = SketchPlan(65536, seed=3)
+    assert (wide.offset("q_proj"), digest(wide.signs("q_proj/in", 576))) == (44369, "51f6df06a008aa64")
 
 
 EXPECTED = ["5348b5c934065131", "da838b7859b704dc", "1f5572c699d704b8", "00c2291bd2285373", "77f5a67f4c71b8cd"]
