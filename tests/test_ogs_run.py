@@ -61,7 +61,7 @@ def test_warnings_stand_in_terminal_and_report_with_their_cure(
     notes = json.loads((tmp_path / "o" / "run.json").read_text())["notes"]
     for what, cure in (
         ("λ not binding:", r"to let it[:,] (use .* or )?a lower --"),
-        (r"risk is zero for (9\d|100)% of the candidates", "use --against contrast"),
+        (r"risk is zero for (9\d|100)% of the candidates", "--risk overlap or --against contrast"),
         (r"the reference 'anchor' is unreliable: its signal share is -?[\d.]+ .* with 6 examples", "give more of them"),
         (r"the reference 'target' is unreliable: .* with 6 examples", "give more of them"),
         ("the anchor has 6 usable examples", "300 to 500 in all"),

@@ -234,7 +234,9 @@ def test_what_the_user_must_know_of_the_anchor_is_said_of_ogs_itself(make_proble
     kind = {"dot/anchor": problem.candidates.columns["dot/anchor"].abs()}
     kind["completion_tokens"] = 100 * problem.candidates.columns["dot/target"] / problem.candidates.columns["norm"] + 200
     agreeing = run(with_columns(problem, **kind))
-    assert "risk is zero for 100% of the candidates, so it tells few of them apart; use --against contrast" in agreeing.notes
+    cure = "use ogs-static with --risk overlap or --against contrast"
+    assert f"risk is zero for 100% of the candidates, so it tells few of them apart; {cure}" in agreeing.notes
+    assert sum("risk is zero" in note for note in agreeing.notes) == 1
     assert any(note.startswith("utility is largely a measure of length") for note in agreeing.notes)
     assert agreeing.trace["length_correlation"]["utility"] == pytest.approx(1)
     assert set(agreeing.trace["length_correlation"]) == {"utility", "risk", "score"}

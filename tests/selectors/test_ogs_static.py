@@ -373,7 +373,16 @@ def test_a_risk_that_is_nearly_always_zero_is_noted():
     assert noted(select(of([0.1] * 20, [0.0] * 19 + [0.3]), 3), "risk is zero for 95% of the candidates")
     assert not noted(select(of([0.1] * 20, [0.0] * 18 + [0.3] * 2), 3), "risk is zero")
     plain = of([0.1] * 20, [0.0] * 20, dot__anchor=[0.5] * 20)
-    assert noted(select(plain, 3, against="plain"), "use --against contrast")
+    said = "so it tells few of them apart; use --risk overlap or --against contrast"
+    assert noted(select(plain, 3, against="plain", risk="conflict"), said)
+    assert not noted(select(plain, 3, against="plain", risk="overlap"), "risk is zero")
+    apart = replace(plain.candidates, columns=plain.candidates.columns | {"dot/anchor": torch.zeros(20)})
+    overlapping = select(replace(plain, candidates=apart), 3, against="plain", risk="overlap")
+    assert noted(overlapping, "so it tells few of them apart; use --against contrast")
+    both = of([0.1] * 20, [0.0] * 20, dot__anchor=[0.5] * 20)
+    copies = "give wrong copies that fail in other ways (--corrupted FILE)"
+    assert noted(select(both, 3, against="both", risk="conflict"), f"apart; use --risk overlap or {copies}")
+    assert noted(select(both, 3, against="contrast"), f"apart; {copies}")
 
 
 def test_a_broken_contrast_that_is_only_read_if_there_is_refused(make_problem):

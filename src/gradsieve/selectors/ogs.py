@@ -256,7 +256,8 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     risk = torch.tensor(rule.trace["risk"], dtype=torch.float64)
     epsilon = _epsilon(ogs, risk)
     references = sorted({"target", "anchor", *rule.trace["references"]})
-    notes += reference_notes(problem, references) + anchor_notes(problem, references) + zero_risk_note(risk, ogs.against)
+    notes += reference_notes(problem, references) + anchor_notes(problem, references)
+    notes += zero_risk_note(risk, ogs.against, "ogs-static with --risk overlap")
 
     group = _groups(pool, utility.isnan())
     directions = Directions.of(pool)
@@ -289,7 +290,8 @@ def _world(ogs: OGS, problem: Problem, budget: Budget, rng: torch.Generator) -> 
     draws = arrange(labels, order, by_id, price, features, batch, limit)
     general = [bool(group[rows[0]] == 1) for rows in draws.rows]
     notes += cluster_notes(ogs.clusters, ogs.general_clusters, general)
-    notes += [f"ogs-static, for comparison: {note}" for note in rule.notes if note not in notes]
+    said = [*notes, *zero_risk_note(risk, ogs.against, "--risk overlap")]  # the rule's words for it
+    notes += [f"ogs-static, for comparison: {note}" for note in rule.notes if note not in said]
     simulator = Simulator.of(draws, surfaces, directions, epsilon)
     columns = {"utility": utility, "anchor_cosine": keep, "risk": risk}
     return _World(

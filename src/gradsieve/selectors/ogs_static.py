@@ -192,7 +192,7 @@ class OGSStatic:
         shown = {"overlap" if name == "risk" and self._overlaps else name: values for name, values in scores.items()}
         correlation, length_notes = length_check(shown, pool)
         notes += reference_notes(problem, references) + anchor_notes(problem, references)
-        notes += zero_risk_note(scores["risk"], self.against) + length_notes
+        notes += zero_risk_note(scores["risk"], self.against, None if self._overlaps else "--risk overlap") + length_notes
 
         if self.form == "top":
             chosen = self._top(scores, pool, budget)
@@ -469,18 +469,21 @@ def _behind(pool: Gradients, normalize: Normalize) -> list[str]:
     return categories(pool) if normalize == "category" else [anchor_column(normalize).removeprefix("dot/")]
 
 
-def zero_risk_note(risk: Tensor, against: str) -> list[str]:
+def zero_risk_note(risk: Tensor, against: str, overlap: str | None) -> list[str]:
     """Returns a note where more than 9 candidates of 10 have no risk, with what may help.
 
     Args:
         risk: float64 [n], NaN where a row has none.
         against: The references behind it.
+        overlap: What lets agreement with a mean count too, a flag or a method; None where it counts already.
     """
     known = risk[~risk.isnan()]
     share = int((known == 0).sum()) / len(known)
     if not share > 0.9:
         return []
-    cure = "use --against contrast"
+    cures = [f"use {overlap}"] if overlap and against != "contrast" else []
     if against in ("contrast", "both"):
-        cure = "give wrong copies that fail in other ways (--corrupted FILE)"
-    return [f"risk is zero for {share:.0%} of the candidates, so it tells few of them apart; {cure}"]
+        cures.append("give wrong copies that fail in other ways (--corrupted FILE)")
+    else:
+        cures.append("--against contrast" if cures else "use --against contrast")
+    return [f"risk is zero for {share:.0%} of the candidates, so it tells few of them apart; {' or '.join(cures)}"]
