@@ -186,13 +186,16 @@ def passes(method: Selector, job: Job, data: Mapping[str, Data]) -> Mapping[str,
 
     Returns:
         Token passes (`gradsieve.overhead`) by what they are of: `pool`, `target`, `anchor`, `references`, `warm-up`,
-        `pool alone`; of each what there is, at all checkpoints of a warm-up together.
+        `pool alone`; of each what there is, at all checkpoints of a warm-up together. And `navigator`: of training and
+        measuring one, with chosen examples of mean length.
 
     Raises:
         GradsieveError: Whatever the user can mend.
     """
     name, selector = find_method(method)
-    return Run.of(job, name, selector, None, silent).work(data, job.model, None)
+    run = Run.of(job, name, selector, None, silent)
+    work = run.work(data, job.model, None)
+    return work | run.navigator_work(getattr(selector, "navigator_passes", None))
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,20 @@ class Run:
             return {}
         return self._passes(self._reference_sources(self.source, self.compute, template))
 
+    def navigator_work(self, passes: Callable[[float, float, float], float] | None) -> dict[str, float]:
+        """Returns what a method would train and measure its Navigator on, in token passes; nothing without one.
+
+        Args:
+            passes: The method's count, by the tokens of the chosen, of the target and of the held-out anchor.
+        """
+        if passes is None or self.held_out is None:
+            return {}
+        lengths, budget = self.sets["pool"].lengths, Budget.parse(self.job.budget)
+        mean = sum(lengths) / len(lengths)
+        episode = budget.tokens or mean * (budget.examples or (budget.share or 1.0) * len(lengths))
+        warmup = mean * self.job.navigator_warmup * min(NavigatorSettings().warmup_batch, len(lengths))
+        return {"navigator": passes(episode, sum(self.sets["target"].lengths), sum(self.held_out.lengths)) + warmup}
+
     def _prepare(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> str | None:
         """Reads and checks everything but the model's weights; returns the chat template that replaces the model's own."""
         job, budget = self.job, Budget.parse(self.job.budget)

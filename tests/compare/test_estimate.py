@@ -1,18 +1,25 @@
 """What is said beforehand: every cell with its time, from a short measurement, and nothing written."""
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradsieve.compare.cells import Cell
+from gradsieve.compare.command import forecast_line
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.estimate import forecast
 from gradsieve.compare.records import read_json, write_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted, training_tokens
 from gradsieve.compare.stores import WHOLE, open_stores, passes_left
+from gradsieve.compare.subsets import navigator_passes_left
+from gradsieve.data import TokenSet
+from gradsieve.navigation import split_anchor
+from gradsieve.train.navigator import LoRANavigator
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:
@@ -150,6 +157,35 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 
 
+def test_rows_of_seeds_that_are_gone_are_charged_to_nobody_else(content: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(content["pool"]).read_text().splitlines()
+    for seed in (0, 1, 2):
+        (tmp_path / f"pool-{seed}.jsonl").write_text("\n".join(lines[4 * seed : 4 * seed + 14]) + "\n")
+    content |= {"pool": str(tmp_path / "pool-{seed}.jsonl"), "arms": {"orth-only": None}, "budgets": ["5"]}
+
+    def made(*seeds: int) -> Comparison:
+        return Comparison.of(parse_config(content | {"seeds": list(seeds)}, "x.yaml"))
+
+    def seconds(seed: int, comparison: Comparison) -> float:
+        chosen = comparison.chosen(Cell("orth-only", "5", seed, "equal_steps"))
+        assert chosen is not None
+        return chosen.gradient_seconds
+
+    both = made(0, 1)
+    first = seconds(1, both)
+    shutil.rmtree(both.study / "selections")
+    assert seconds(1, made(1)) == pytest.approx(first)
+    later = made(2)  # 10 of its 14 rows were seed 1's
+    expected, counter = passes_left(later.study, later.material), Counter()
+    later.chosen(Cell("orth-only", "5", 2, "equal_steps"), counter)
+    pool = later.material.trainable(2).pool
+    known = set(both.material.trainable(1).pool.keys)
+    assert counter.passes["gradients of the pool"] == sum(
+        length for key, length in zip(pool.keys, pool.lengths, strict=True) if key not in known
+    )
+    assert expected == pytest.approx(sum(counter.passes.values()))
+
+
 def test_what_repeats_between_pools_is_taken_for_both(content: dict[str, Any], tmp_path: Path) -> None:
     lines = Path(content["pool"]).read_text().splitlines()
     (tmp_path / "pool-0.jsonl").write_text("\n".join(lines[:12]) + "\n")
@@ -163,6 +199,31 @@ def test_what_repeats_between_pools_is_taken_for_both(content: dict[str, Any], t
     plans = sorted(store.glob("pool/plans/*"))
     comparison.chosen(Cell("orth-only", "2", 1, "equal_steps"))
     assert sorted(store.glob("pool/plans/*")) == plans  # nothing was missing
+
+
+def test_a_navigator_counts_until_its_choice_is_made(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    live: dict[str, Any] = {"fidelity": "navigator", "clusters": 3, "updates": 1, "episodes": 2, "batch": 2}
+    arms: dict[str, Any] = {"ogs": {"settings": live | {"rounds": 1, "measurements": 2}}, "orth-only": None}
+    content |= {"arms": arms, "budgets": ["50%"], "seeds": [0]}
+    content["gradients"] |= {"navigator_warmup": 2}
+    comparison, spent = Comparison.of(parse_config(content, "x.yaml")), []
+    monkeypatch.setattr(LoRANavigator, "close", lambda self: (spent.append(self), self._before.restore()))
+    expected = navigator_passes_left(comparison.study, comparison.material, comparison.cells)
+    comparison.chosen(Cell("ogs", "50%", 0, "equal_steps"))
+    *_, navigator = spent  # the first only went with the gradients
+    half = comparison.material.trainable(0).anchor
+    assert half is not None
+    held = sum(sum(part.lengths) for part in split_anchor(half)[1:])
+    target = TokenSet.of("target", comparison.material.sides(0).target, comparison.material.source.tokenizer, max_length=256)
+    calls = navigator.measured["kl"]
+    assert expected == pytest.approx(navigator.trained_tokens + calls * (sum(target.lengths) / 2 + held), rel=0.05)
+    assert navigator_passes_left(comparison.study, comparison.material, comparison.cells) == 0
+    other = Comparison.of(parse_config(content | {"out": f"{content['out']}-other"}, "x.yaml"))
+    told = forecast(other)
+    assert told.navigators > 0
+    assert told.total == pytest.approx(told.gradients + told.navigators + sum(seconds for _, _, seconds in told.cells))
+    assert re.search(r", of which .+ for gradients and .+ for Navigators \(measured", forecast_line(told))
+    assert forecast(other, ["orth-only"]).navigators == 0
 
 
 def test_time_grows_with_what_is_trained_on(config: Config) -> None:

@@ -87,12 +87,13 @@ def forecast_table(forecast: Forecast) -> Any:
 
 def forecast_line(forecast: Forecast) -> str:
     """Returns the sum of it."""
-    from gradsieve.report.wording import duration
+    from gradsieve.report.wording import duration, joined
 
     open_cells = sum(not done for _, done, _ in forecast.cells)
-    gradients = f", of which {duration(forecast.gradients)} for gradients" if forecast.gradients else ""
+    parts = {"gradients": forecast.gradients, "Navigators": forecast.navigators}
+    said = joined([f"{duration(seconds)} for {what}" for what, seconds in parts.items() if seconds])
     return (
-        f"{open_cells} of {len(forecast.cells)} cells to do, about {duration(forecast.total)}{gradients} "
+        f"{open_cells} of {len(forecast.cells)} cells to do, about {duration(forecast.total)}{said and f', of which {said}'} "
         f"(measured in {duration(forecast.measured_in)})"
     )
 

@@ -15,7 +15,7 @@ from gradsieve.compare.config import FULL
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted
 from gradsieve.compare.stores import passes_left
-from gradsieve.compare.subsets import Subset
+from gradsieve.compare.subsets import Subset, navigator_passes_left
 from gradsieve.compare.training import keep, make_job, work
 
 STEPS = 2  # of training, that are timed
@@ -28,24 +28,27 @@ class Forecast:
     Attributes:
         cells: Every cell, whether it is finished, and its seconds.
         gradients: Seconds of all gradients that are not there yet, of warm-ups before them too.
+        navigators: Seconds of training and measuring Navigators for choices that are not made yet.
         measured_in: Seconds that the measurement took.
     """
 
     cells: Sequence[tuple[Cell, bool, float]]
     gradients: float
+    navigators: float
     measured_in: float
 
     @property
     def total(self) -> float:
         """Seconds of everything that is not finished."""
-        return self.gradients + sum(seconds for _, done, seconds in self.cells if not done)
+        return self.gradients + self.navigators + sum(seconds for _, done, seconds in self.cells if not done)
 
 
 def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
     """Measures two training steps and an evaluation of a few items, and returns what follows for every cell.
 
     Nothing is written to the comparison's folder. What finished cells took counts in place of the measurement. A token pass
-    for gradients (`gradsieve.overhead`) is taken to cost what training on a token does.
+    for gradients or a Navigator (`gradsieve.overhead`) is taken to cost what training on a token does; what else a method does
+    to choose is not counted.
 
     Args:
         comparison: Made ready.
@@ -58,7 +61,8 @@ def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
     material, config = comparison.material, comparison.config
     cells = [(cell, cell in done, predicted(material, cell, config, speed)) for cell in wanted]
     gradients = speed.train * passes_left(comparison.study, material, {cell.arm for cell in wanted})
-    return Forecast(cells, gradients, time.perf_counter() - started)
+    navigators = speed.train * navigator_passes_left(comparison.study, material, wanted)
+    return Forecast(cells, gradients, navigators, time.perf_counter() - started)
 
 
 def _measured(comparison: Comparison) -> Speed:

@@ -6,6 +6,7 @@ seconds of the record, not the record:
 
     STORE/spent.json   seconds by stage; `references again` where seeds came after the store was filled
     STORE/whole.json   digests of the data whose gradients are all there
+    STORE/rows.json    tokens of every row that was taken, by its key: also of seeds that the configuration no longer names
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gradsieve.needs import reads_model
 from gradsieve.pipeline import Result, find_method, passes, select
 from gradsieve.types import Budget, Example, Problem, Selection, Selector
 
-WHOLE = "whole.json"
+WHOLE, ROWS = "whole.json", "rows.json"
 AGAIN = " again"
 _OF_POOL = "of the pool"  # in the names of the stages that every pool has its own part of
 _WRITE_EVERY_S = 5.0
@@ -87,8 +88,10 @@ def fill(study: Path, material: Material, arm: Arm, seed: int, progress: Progres
             pools = _pools(material, arm, seed)
             ask(store, material, _everything(material, arm), "1", seed, stopwatch.progress, pool=pools)
             stopwatch.write()
+            rows = _held(store) | _tokens(material, _together(material, arm, seed))
+            write_json(store / ROWS, {key.hex(): length for key, length in rows.items()})
             write_json(store / WHOLE, sorted({*_filled(store), *missing}))
-    return _seconds_of(read_json(store / "spent.json")["seconds"], material, arm, seed)
+    return _seconds_of(store, material, arm, seed)
 
 
 def _pools(material: Material, arm: Arm, seed: int) -> Sequence[Example]:
@@ -106,10 +109,11 @@ def _together(material: Material, arm: Arm, seed: int) -> list[int]:
     return list({material.sides(other).digest: other for other in reversed(alike)}.values())[::-1]
 
 
-def _seconds_of(spent: Mapping[str, float], material: Material, arm: Arm, seed: int) -> float:
+def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """Returns what of a store's seconds one seed alone would have taken: everything once, but of the pools its own tokens."""
     own = _tokens(material, [seed])
-    share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed))).values())
+    share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed)) | _held(store)).values())
+    spent: Mapping[str, float] = read_json(store / "spent.json")["seconds"]
     once = {stage: seconds for stage, seconds in spent.items() if not stage.endswith(AGAIN)}
     return sum(seconds * (share if _OF_POOL in stage else 1.0) for stage, seconds in once.items())
 
@@ -189,6 +193,15 @@ def passes_left(study: Path, material: Material, arms: Collection[str] | None = 
     return sum(_passes_left(store, material, *reader) for store, reader in _open(study, material, arms).items())
 
 
+def navigator_passes(material: Material, arm: Arm, budget: str, seed: int) -> float:
+    """Returns the work of the Navigator behind one choice, in token passes; 0 of a method that has none."""
+    if "navigator" not in selector(arm).needs:
+        return 0.0
+    return passes(selector(arm), Job(**_job_settings(material) | {"budget": budget}), _data(material, seed)).get(
+        "navigator", 0.0
+    )
+
+
 def _open(study: Path, material: Material, arms: Collection[str] | None) -> dict[Path, tuple[Arm, int]]:
     """Returns the stores that are still to be filled, each with an arm and a seed that read it."""
     readers = [arm for arm in material.config.arms if reads_store(arm) and (arms is None or arm.name in arms)]
@@ -200,7 +213,7 @@ def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """What the job of one seed computes, with the rows of all seeds' pools in place of its own, and without what is there."""
     work = passes(_everything(material, arm), Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
     filled = _filled(store)
-    there = _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
+    there = _held(store) | _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
     wanted = _tokens(material, _together(material, arm, seed))
     missing = sum(length for key, length in wanted.items() if key not in there)
     if filled:
@@ -212,6 +225,12 @@ def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
 def _filled(store: Path) -> list[str]:
     """Returns which data a store has all gradients of."""
     return list(read_json(store / WHOLE)) if (store / WHOLE).exists() else []
+
+
+def _held(store: Path) -> dict[bytes, int]:
+    """Returns the tokens of every row that was taken, by its key; of a store of an earlier version nothing."""
+    rows = read_json(store / ROWS) if (store / ROWS).exists() else {}
+    return {bytes.fromhex(key): length for key, length in rows.items()}
 
 
 def _missing(store: Path, material: Material, seeds: Sequence[int]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,21 @@ from typing import Any
 import torch
 
 from gradsieve.clock import Progress, silent
+from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
-from gradsieve.compare.stores import ask, fill, gradient_settings, method_settings, reads_store, selector, store_of, warmup_of
+from gradsieve.compare.stores import (
+    ask,
+    fill,
+    gradient_settings,
+    method_settings,
+    navigator_passes,
+    reads_store,
+    selector,
+    store_of,
+    warmup_of,
+)
 from gradsieve.types import Budget, Problem, Selection, Selector
 
 
@@ -97,6 +108,17 @@ def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: 
     )
     write_json(_file(study, arm, budget, seed), {"inputs": inputs, "seed": seed, **dataclasses.asdict(made)})
     return made
+
+
+def navigator_passes_left(study: Path, material: Material, cells: Collection[Cell]) -> float:
+    """Returns the work of the Navigators behind the choices of these cells that are not made yet, in token passes."""
+    config = material.config
+    choices = {(cell.arm, cell.budget, cell.seed) for cell in cells if cell.budget is not None and cell.seed is not None}
+    return sum(
+        navigator_passes(material, config.arm(name), budget, seed)
+        for name, budget, seed in choices
+        if _kept(study, config.arm(name), budget, seed, _inputs(material, config.arm(name), budget, seed)) is None
+    )
 
 
 def _kept(study: Path, arm: Arm, budget: str, seed: int, inputs: Mapping[str, Any]) -> Subset | None:

@@ -202,6 +202,18 @@ class OGS:
             said += navigator_notes(self.constraint, world.simulator.epsilon, measured, refined.scales.gain)
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), world.scores, facts, (*world.notes, *said, *notes))
 
+    def navigator_passes(self, episode: float, target: float, held_out: float) -> float:
+        """Returns what the Navigator takes with fidelity "navigator", in token passes (`gradsieve.overhead`), at most.
+
+        Args:
+            episode: Tokens of an episode: what the budget pays for.
+            target: Of the target's examples.
+            held_out: Of the anchor's that forgetting is measured on; KL asks the base model for them too.
+        """
+        measured = self.rounds * (1 + self.measurements) + 2 * 2  # the two rules that are compared: at start and end
+        passed = target + held_out * (2 if self.constraint == "kl" else 1)
+        return (self.rounds + 2) * episode + measured * passed / 2
+
     def environment(self, problem: Problem, budget: Budget, rng: torch.Generator) -> OGSEnvironment:
         """Returns the world as a `gymnasium.Env`: the simulator, or with fidelity "navigator" the live model of the problem."""
         from gradsieve.selectors.ogs_environment import Live, OGSEnvironment
