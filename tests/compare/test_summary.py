@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ ITEMS = {"law": [f"l{i}" for i in range(30)], "math": [f"m{i}" for i in range(20
 SEEDS = (0, 1, 2)
 TEACHES = {"full": 0.30, "random": 0.20, "good": 0.40, "same": 0.20, "bad": 0.05}
 FORGETS = {"full": 0.30, "random": 0.20, "good": 0.10, "same": 0.20, "bad": 0.02}
+BUDGETS = {"10%": 40}
 Write = Callable[..., list[Finished]]
 
 
@@ -57,11 +59,17 @@ def write(tmp_path: Path) -> Write:
         seeds: tuple[int, ...] = SEEDS,
         change: Callable[[Cell, dict[str, Any]], None] | None = None,
         hostile: str = "",
+        budgets: dict[str, int] = BUDGETS,
     ) -> list[Finished]:
         rng = np.random.default_rng(0)
         level = {name: rng.normal(3, 0.5, len(items)) for name, items in ITEMS.items()}
         cells = [Cell("base")]
-        cells += [Cell(arm, None if arm == "full" else "10%", seed, "equal_steps") for seed in seeds for arm in arms]
+        cells += [
+            Cell(arm, budget, seed, "equal_steps")
+            for seed in seeds
+            for arm in arms
+            for budget in ([None] if arm == "full" else budgets)
+        ]
         found = []
         for cell in cells:
             noise = {name: rng.normal(0, 0.02, len(items)) for name, items in ITEMS.items()}
@@ -81,11 +89,11 @@ def write(tmp_path: Path) -> Write:
                 "item": "l0",
                 "prompt": f"Why{hostile}?",
                 "reference": "So.",
-                "answer": f"{cell.arm}{hostile}",
+                "answer": f"{cell.arm}{cell.budget or ''}{hostile}",
             }
             write_json(folder / "generations.json", [answer])
             result = {
-                "selection": {"examples": 40},
+                "selection": {"examples": budgets.get(cell.budget or "", 400)} if cell.arm != "base" else None,
                 "training": {"steps": 5, "surgery_seconds": 1.0, "tokens": 10},
                 "seconds": {"gradients": 3.0, "select": 1.0, "train": 10.0, "evaluate": 4.0, "generate": 0.0},
             }
@@ -271,6 +279,44 @@ def test_figures_are_documents_that_hold_every_arm(write: Write) -> None:
     places = {arm: (float(x), float(y)) for x, y, arm in points}
     assert places["good"][1] < places["random"][1] < places["bad"][1]  # more gain is higher up
     assert places["bad"][0] < places["good"][0] < places["random"][0] < places["full"][0]  # more forgetting is further right
+
+
+def test_figures_by_budget_go_from_the_smallest_to_the_largest_and_stand_at_their_values(write: Write) -> None:
+    def teach_more(cell: Cell, values: dict[str, Any]) -> None:
+        if cell.budget == "50%":
+            values["law"]["loss"] -= 0.3
+            values["math"]["kl"] += 0.3
+
+    cells = write(change=teach_more, budgets={"10%": 40, "50%": 200, "5%": 20})
+    summary = summarise(cells, record(list(TEACHES)), resamples=200)
+    for name, what in (("gain", "gain"), ("forgetting", "forgetting")):
+        svg = figures(summary)[f"{name}-equal_steps"]
+        ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+"[^>]*text-anchor="middle"[^>]*>(\d+%)<', svg)
+        assert [budget for _, budget in sorted(ticks, key=lambda tick: float(tick[0]))] == ["5%", "10%", "50%"]
+        found = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5"[^>]*><title>(\w+) (\d+%): gain', svg)
+        points = {(arm, budget): (float(x), float(y)) for x, y, arm, budget in found}
+        assert set(points) == {(arm, budget) for arm in TEACHES if arm != "full" for budget in ("5%", "10%", "50%")}
+        values = {(one.arm, one.budget): getattr(one, what).mean for one in summary.standings if one.budget}
+        ordered = sorted(points, key=lambda key: -values[key])
+        assert [points[key][1] for key in ordered] == sorted(y for _, y in points.values())  # more is higher up
+        for arm in ("random", "good"):
+            assert points[arm, "5%"][0] < points[arm, "10%"][0] < points[arm, "50%"][0]
+        (level,) = re.findall(r'y1="([\d.]+)"[^>]*stroke-dasharray', svg)  # of full
+        full = getattr(standing(summary, "full"), what).mean
+        assert [float(level) < points[key][1] for key in points] == [full > values[key] for key in points]
+
+
+def test_answers_are_shown_side_by_side_each_arms_at_its_largest_budget(write: Write) -> None:
+    cells = write(budgets={"5%": 20, "50%": 200, "10%": 40})
+    summary = summarise(cells, record(list(TEACHES)), resamples=200)
+    expected = {"base": "base", "full": "full"} | {f"{a} 50%": f"{a}50%" for a in TEACHES if a != "full"}
+    assert {label: answers[0]["answer"] for label, answers in summary.generations} == expected
+    page = render(summary, figures(summary))
+    assert page.count("<h3>Prompt</h3>") == 1  # one question, whatever the number of arms
+    assert all(f'<h3><bdi>{label}</bdi></h3><p dir="auto">{answer}</p>' in page for label, answer in expected.items())
+    other = [(label, [*answers, answers[0] | {"test": "tax", "prompt": "Who?"}]) for label, answers in summary.generations]
+    page = render(replace(summary, generations=other), {})  # another test may have an item of the same id
+    assert page.count("<h3>Prompt</h3>") == 2
 
 
 def test_the_page_holds_the_results_and_escapes_the_data(write: Write) -> None:

@@ -140,10 +140,11 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
 
 def _questions(summary: Summary) -> list[dict[str, Any]]:
     """Returns the shown prompts, each with what every arm answered."""
-    questions: dict[str, dict[str, Any]] = {}
+    questions: dict[tuple[str, str], dict[str, Any]] = {}
     for arm, answers in summary.generations:
         for one in answers:
-            entry = questions.setdefault(one["item"], {"prompt": one["prompt"], "reference": one["reference"], "answers": []})
+            new = {"prompt": one["prompt"], "reference": one["reference"], "answers": []}
+            entry = questions.setdefault((one["test"], one["item"]), new)
             entry["answers"].append((arm, one["answer"]))
     return list(questions.values())
 

@@ -141,7 +141,7 @@ class Summary:
         standings: Every arm and budget, view by view.
         pairs: Every two of them that share seeds, view by view.
         overlaps: Jaccard index of the subsets of each pair, by budget: mean over seeds.
-        generations: What each arm answered, first seed: (label, answers).
+        generations: What each arm answered, first seed, largest budget: (label, answers).
         missing: Cells that are not finished.
         record: Content of comparison.json.
         notes: Sentences the reader must know.
@@ -344,13 +344,19 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _generations(finished: Sequence[Finished]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Returns what each arm answered in its first seed, first view and largest budget."""
-    found: dict[str, list[dict[str, str]]] = {}
+    """Returns what each arm answered in its first seed, first view and largest budget, by arm and budget."""
+    shown: dict[str, Finished] = {}
     for one in finished:
-        answers = one.generations()
-        if answers and one.cell.arm not in found:
-            found[one.cell.arm] = answers
-    return list(found.items())
+        known = shown.setdefault(one.cell.arm, one)
+        alike = (one.cell.seed, one.cell.view) == (known.cell.seed, known.cell.view)
+        if alike and _examples(one) > _examples(known):
+            shown[one.cell.arm] = one
+    answers = [(_label(one.cell.arm, one.cell.budget), one.generations()) for one in shown.values()]
+    return [(label, own) for label, own in answers if own]
+
+
+def _examples(one: Finished) -> int:
+    return int((one.record["selection"] or {"examples": 0})["examples"])
 
 
 def _notes(
