@@ -38,6 +38,7 @@ bench: $(STAMP)  ## Speed of extraction against its floor and a training step, t
 	$(BIN)/python benchmarks/extract.py --quick
 
 study-smoke: $(STAMP)  ## Ten minutes of a study: make study-smoke SETS=FOLDER (see studies/README.md).
+	@test -n "$(SETS)" || { echo "study-smoke needs SETS=FOLDER: the folder of question-answer sets of studies/README.md"; exit 2; }
 	$(BIN)/python studies/prepare.py --source $(SETS) --out runs/study-data
 	$(BIN)/gradsieve compare studies/smoke.yaml --data runs/study-data --out runs/smoke
 
