@@ -18,7 +18,7 @@ from gradsieve.compare.figures import figures
 from gradsieve.compare.page import headline, lead, render
 from gradsieve.compare.records import Finished, write_items, write_json
 from gradsieve.compare.summary import Effect, Standing, Summary, summarise
-from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv
+from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, standings_csv
 from gradsieve.errors import DataError
 
 ITEMS = {"law": [f"l{i}" for i in range(30)], "math": [f"m{i}" for i in range(20)]}
@@ -205,7 +205,14 @@ def test_tables_hold_the_numbers(write: Write) -> None:
         assert float(row["mean"]) == e.mean
         found = e.against["random"]
         assert row["verdict_random"] == (found.verdict if found else "")
+    for row, one in zip(csv.DictReader(io.StringIO(standings_csv(summary))), summary.standings, strict=True):
+        assert (row["arm"], float(row["gain_low"]), float(row["train_seconds"])) == (one.arm, one.gain.low, 10.0)
+        assert (float(row["step_seconds"]), float(row["surgery_step_seconds"])) == (10 / 5, 1 / 5)  # 5 steps
+        assert (row["over_random"] == "") == (one.over_random is None)
     text = markdown(summary)
+    assert text.count("| 10 s | 2 s (surgery 0.2 s) |") == len(TEACHES)
+    page = render(summary, {})
+    assert page.count('<td class="n">2 s (surgery 0.2 s)</td>') == len(TEACHES)
     assert interval(standing(summary, "good").over_random, verdict=True) in text
     assert "| good 10% | 40 | 5 |" in text
     assert "full added, because no comparison may lack them" in text

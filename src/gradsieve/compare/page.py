@@ -14,7 +14,7 @@ from gradsieve.compare.config import RANDOM, Config
 from gradsieve.compare.figures import figures
 from gradsieve.compare.records import read_finished, read_json
 from gradsieve.compare.summary import Pair, Standing, Summary, summarise
-from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, tally
+from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, standings_csv, tally
 from gradsieve.report import wording
 from gradsieve.report.render import document, packaged
 
@@ -28,7 +28,7 @@ VIEWS = {
 
 
 def write_reports(config: Config) -> Summary:
-    """Writes report.html, summary.md, effects.csv, pairs.csv and figures/, from the finished cells of a comparison alone.
+    """Writes report.html, summary.md, standings.csv, effects.csv, pairs.csv and figures/, from the finished cells alone.
 
     Raises:
         DataError: The untouched model's cell is not finished, or cells do not fit each other.
@@ -41,7 +41,7 @@ def write_reports(config: Config) -> Summary:
     drawn = figures(summary)
     (study / "figures").mkdir(exist_ok=True)
     files = {"report.html": render(summary, drawn), "summary.md": markdown(summary)}
-    files |= {"effects.csv": effects_csv(summary), "pairs.csv": pairs_csv(summary)}
+    files |= {"standings.csv": standings_csv(summary), "effects.csv": effects_csv(summary), "pairs.csv": pairs_csv(summary)}
     files |= {f"figures/{name}.svg": svg for name, svg in drawn.items()}
     for name, text in files.items():
         write_atomically(study / name, text.encode("utf-8"))

@@ -97,6 +97,11 @@ class Standing:
         """Its name in tables and plots."""
         return _label(self.arm, self.budget)
 
+    @property
+    def step_seconds(self) -> tuple[float, float]:
+        """What one optimizer step took, and the part of it that surgery added."""
+        return self.seconds["train"] / self.steps, self.seconds["surgery"] / self.steps
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
