@@ -17,13 +17,17 @@ import pytest
 import torch
 import yaml
 
+from gradsieve.compare import training
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import Config, parse_config
 from gradsieve.compare.records import Finished, read_finished, read_items, read_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.stores import WHOLE, store_of
+from gradsieve.compare.subsets import Subset
 from gradsieve.compare.training import Job, full_steps, make_job, work
+from gradsieve.data.token_set import _key
 from gradsieve.errors import InvalidArgument
+from gradsieve.store import GradientStore
 
 
 def stamps(study: Path) -> dict[str, int]:
@@ -44,7 +48,7 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
     assert [record["cell"] for record in results(finished.study)] == names
     made = {path.name for path in finished.study.iterdir()}
     assert made == {"cells", "selections", "stores", "results.jsonl", "comparison.json"} | {
-        "report.html", "summary.md", "effects.csv", "pairs.csv", "figures",
+        "report.html", "summary.md", "standings.csv", "effects.csv", "pairs.csv", "figures",
     }  # fmt: skip
 
 
@@ -55,6 +59,8 @@ def test_a_result_says_what_it_came_from_and_what_it_took(finished: Comparison) 
     assert record["selection"]["examples"] == 6
     assert record["inputs"]["model"] == finished.material.source.weights
     assert record["inputs"]["training"]["recipe"]["seed"] == 1
+    assert record["selection"]["gradients"]["dim"] == 256
+    assert record["selection"]["data"] == finished.material.sides(1).digest
     assert {"gradients", "select", "train", "evaluate", "generate"} == set(record["seconds"])
     assert record["seconds"]["gradients"] > 0
     assert {"torch", "trl", "peft"} <= set(record["versions"])
@@ -289,6 +295,82 @@ def test_examples_that_leak_are_refused_or_dropped_and_listed(content: dict[str,
     listed = [json.loads(text) for text in (comparison.study / "leaks.jsonl").read_text().splitlines()]
     assert [(leak["id"], leak["kind"]) for leak in listed] == [("stolen", "same")]
     assert any("leaks.jsonl" in note for note in comparison.material.notes)
+
+
+def test_what_is_chosen_is_trained_in_its_order_with_its_weights_where_all_is_computed(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = Comparison.of(parse_config(content | {"device": "cpu"}, "x.yaml")).material
+    chosen = Subset(("pool-3", "pool-1", "pool-2"), (2.0, 0.5, 0.5))
+    given: dict[str, Any] = {}
+
+    def stop(model: Any, tokens: Any, recipe: Any, folder: Path, **others: Any) -> None:
+        given.update(others, tokens=tokens, recipe=recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "finetune", stop)
+    job = make_job(material, Cell("less", "25%", 0, "equal_steps"), material.config.arm("less"), chosen)
+    with pytest.raises(KeyboardInterrupt):
+        work(None, None, material, job, tmp_path)
+    by_id = dict(zip(material.trainable(0).pool.ids, material.trainable(0).pool.tokens, strict=True))
+    assert [id(one) for one in given["tokens"]] == [id(by_id[name]) for name in chosen.ids]
+    assert given["weights"] == chosen.weights
+    assert given["recipe"].device == "cpu"
+    assert make_job(material, Cell("full", None, 0, "equal_steps"), material.config.arm("full"), chosen).weights == (
+        2.0,
+        0.5,
+        0.5,
+    )
+
+
+def test_training_sees_the_ids_and_labels_that_gradients_were_taken_of(content: dict[str, Any]) -> None:
+    comparison = Comparison.of(parse_config(content | {"arms": {"orth-only": None}, "seeds": [0]}, "x.yaml"))
+    material, config = comparison.material, comparison.config
+    jobs = [
+        make_job(material, cell, config.arm(arm), comparison.chosen(cell))
+        for arm, budget in (("orth-only", "25%"), ("full", None))
+        for cell in [Cell(arm, budget, 0, "equal_steps")]
+    ]
+    (path,) = store_of(comparison.study, material, config.arm("orth-only"), 0).rglob("pool/store.json")
+    held = {key for unit in GradientStore.open(path.parent).units() for key in unit.keys}
+    chosen, whole = ({_key(tokens) for tokens in job.tokens} for job in jobs)
+    assert chosen < whole == held
+    one = jobs[0].tokens[0]
+    for name in ("input_ids", "labels"):  # a key is of both
+        changed = getattr(one, name).copy()
+        changed[-1] += 1
+        assert _key(dataclasses.replace(one, **{name: changed})) not in held
+
+
+def test_full_tuning_leaves_no_trace_in_the_cells_that_follow(content: dict[str, Any], tmp_path: Path) -> None:
+    whole = {"method": "random", "recipe": {"tuning": "full", "learning_rate": 0.1, "warmup": 0}}
+    arms = {"whole": whole, "replay": {"method": "random", "recipe": {"replay_share": 0.5, "rank": 3}}}
+    comparison = Comparison.of(parse_config(content | {"arms": arms, "seeds": [0]}, "x.yaml"))
+    both = {one.cell.arm: one for one in comparison.run(only=["whole", "replay"])}
+    alone = Comparison.of(parse_config(content | {"arms": arms, "seeds": [0], "out": str(tmp_path / "alone")}, "x.yaml"))
+    twin = {one.cell.arm: one for one in alone.run(only=["replay"])}
+    there, here = twin["replay"].measurements().values, both["replay"].measurements().values
+    assert all((there[test][metric] == here[test][metric]).all() for test in there for metric in there[test])
+    assert (both["whole"].measurements().values["sums"]["kl"] > 1e-3).all()
+    assert both["whole"].record["inputs"]["training"]["recipe"]["tuning"] == "full"
+    assert both["replay"].record["training"]["surgery_seconds"] == 0
+    assert both["replay"].record["inputs"]["training"]["replay"] is not None
+
+
+def test_a_tracker_may_be_added_to_what_is_half_done(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    recipe = config.recipe | {"report_to": ("tensorboard",), "save_steps": 1, "micro_batch": 2}
+    told: list[Finished] = []
+    done = Comparison.of(dataclasses.replace(config, recipe=recipe)).run(told=lambda one, *_: told.append(one))
+    assert told == []
+    assert len(done) == len(finished.cells)
+
+
+def test_several_processes_of_a_launcher_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidArgument, match="must run in one process of a launcher, got 2; start several without torchrun"):
+        Comparison.of(config).run()
+    assert not Path(config.out).exists()
 
 
 def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None:

@@ -163,10 +163,11 @@ def work(
     """
     if job.recipe is None:
         return _examine(model, None, material, {}, progress), model
+    on_cpu = material.device == "cpu"  # what a trainer would do on its own is to take the accelerator
     trained = finetune(
         model,
         job.tokens,
-        job.recipe,
+        dataclasses.replace(job.recipe, device="cpu") if on_cpu else job.recipe,
         folder,
         weights=job.weights,
         anchor=job.anchor,
