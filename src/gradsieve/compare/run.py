@@ -35,7 +35,7 @@ from gradsieve.compare.records import (
     write_results,
 )
 from gradsieve.compare.speed import Speed, predicted
-from gradsieve.compare.stores import method_settings, selector
+from gradsieve.compare.stores import gradient_settings, method_settings, reads_store, selector
 from gradsieve.compare.subsets import Subset, subset
 from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
 from gradsieve.data import write_lines
@@ -44,6 +44,7 @@ from gradsieve.evaluate import KeptBase
 from gradsieve.models import tokenizer_hash
 from gradsieve.needs import reads_set
 from gradsieve.outputs import hardware, now, versions
+from gradsieve.train.checks import INCIDENTAL
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,14 @@ class Comparison:
             The finished cells, in order.
 
         Raises:
-            InvalidArgument: `only` names something else, or the folder holds a cell that was made with other settings.
+            InvalidArgument: `only` names something else, the folder holds a cell that was made with other settings, or a
+                launcher started several processes, which would all train the one cell.
         """
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise InvalidArgument(
+                f"a comparison must run in one process of a launcher, got {processes}; start several without torchrun or "
+                "accelerate launch: each takes cells that no other is at"
+            )
         started = time.monotonic()
         cells = only_cells(self.config, only)
         self._open()
@@ -194,7 +201,7 @@ class Comparison:
             return False
         chosen = self.chosen(cell)
         inputs = self._inputs(make_job(self.material, cell, self.config.arm(cell.arm), chosen))
-        differing = list(differences(found.record["inputs"], inputs))
+        differing = list(differences(_deciding(found.record["inputs"]), _deciding(inputs)))
         if differing:
             raise InvalidArgument(
                 f"{found.folder} must be of the comparison that is asked for, got other inputs: {'; '.join(differing)}; name "
@@ -276,6 +283,8 @@ class Comparison:
                 "examples": len(chosen.ids),
                 "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen.ids, chosen.weights]).encode()),
                 "source": chosen.source,
+                "data": self.material.sides(cell.seed or 0).digest,
+                "gradients": gradient_settings(self.material) if reads_store(arm) else None,
                 "notes": list(chosen.notes),
             },
         }
@@ -291,6 +300,13 @@ def _means(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str
         return float(known.mean()) if len(known) else None
 
     return {test: {metric: mean(column) for metric, column in by.items()} for test, by in values.items()}
+
+
+def _deciding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a cell's inputs without those that do not decide its numbers: a tracker may be added to a study half done."""
+    training = dict(inputs["training"])
+    training["recipe"] = {name: value for name, value in (training["recipe"] or {}).items() if name not in INCIDENTAL}
+    return {**inputs, "training": training}
 
 
 def _digest(inputs: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from gradsieve.errors import DataError, InvalidArgument, MissingExtra, ModelErro
 from gradsieve.train.recipe import Recipe
 
 INSTALL = "pip install 'gradsieve[train]'"
+INCIDENTAL = frozenset({"report_to", "device", "micro_batch", "save_steps"})
+"""Settings of a recipe that are of memory, place and record alone."""
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -104,9 +106,8 @@ def _scaled(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def deciding(recipe: Recipe) -> dict[str, Any]:
-    """Returns the settings that decide what comes out: not those of memory, place and record alone."""
-    incidental = {"report_to", "device", "micro_batch", "save_steps"}
-    return {name: value for name, value in recipe.to_mapping().items() if name not in incidental}
+    """Returns the settings that decide what comes out."""
+    return {name: value for name, value in recipe.to_mapping().items() if name not in INCIDENTAL}
 
 
 def fingerprint(
