@@ -221,7 +221,7 @@ def mixed_numbers(row: Row) -> Row | None:
 
 def read(path: Path) -> list[Row]:
     """Returns the rows of a set that are short enough."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [row for row in rows if len(row["prompt"]) + len(row["completion"]) <= LONGEST]
 
