@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from gradsieve.compute import BATCH_TOKENS
-from gradsieve.gradients.directions import References
+from gradsieve.gradients.directions import References, UnitDirection
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.parameters import choose_parameters
 from gradsieve.gradients.settings import Batch, EngineSettings
+from gradsieve.gradients.wide import mean_sketch, wide_settings
 from measuring import Run
 
 EVERYTHING = "linear,embedding,lm-head"
@@ -91,17 +92,28 @@ def lora_of(model: Any) -> Any:
     return adapted
 
 
-def draw_references(model: Any, most: int = 4) -> tuple[References, References]:
-    """One, and `most` reference directions over the linear layers: mean gradients of two short random examples each."""
+def reference_batches(model: Any) -> list[Batch]:
+    """What the reference directions are mean gradients of: two short random examples each."""
     rng = torch.Generator().manual_seed(2)
     vocabulary, device = model.get_output_embeddings().weight.shape[0], str(model.device)
-    means = {}
+    return [fill([32, 32], vocabulary, rng, device) for _ in range(4)]
+
+
+def draw_references(model: Any) -> tuple[References, References]:
+    """One, and four reference directions over the linear layers."""
     with GradientEngine(model, EngineSettings("linear")) as engine:
-        for i in range(most):
-            means[f"r{i}"] = engine.mean_gradient([fill([32, 32], vocabulary, rng, device)])
+        means = {f"r{i}": engine.mean_gradient([batch]) for i, batch in enumerate(reference_batches(model))}
     stack = References.stack(means)
     first = {name: tensor[:1] for name, tensor in stack.tensors.items()}
     return References(("r0",), first, {"r0": stack.facts["r0"]}), stack
+
+
+def draw_wide_references(model: Any) -> References:
+    """The four as wide sketches, for where full gradients do not fit."""
+    settings = wide_settings(EngineSettings("linear"))
+    with GradientEngine(model, settings) as engine:
+        means = {f"r{i}": mean_sketch([engine.block(batch)]) for i, batch in enumerate(reference_batches(model))}
+    return References.of_units({name: UnitDirection.of(name, mean) for name, mean in means.items()}, settings.sketch)
 
 
 # -- the ways ----------------------------------------------------------------------------------------------------------
