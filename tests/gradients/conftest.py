@@ -289,6 +289,26 @@ def assert_matches_loop(
     return block
 
 
+def chosen_names(model: nn.Module, spec: str) -> list[str]:
+    """What a specification means, said once more and without the code under test."""
+    ends = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+    vector = [name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 1]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    linear = [n for n in names if "norm" not in n and "ln_" not in n and "wpe" not in n and not n.endswith(ends)]
+    picked = {
+        "all": names,
+        "linear": linear,
+        "last:1": [n for n in linear if "layers.1." in n or ".h.1." in n],
+        "lm-head": ["lm_head.weight"],
+        "embedding": [n for n in names if n.endswith(ends[:2]) or "wpe" in n],
+        "vectors": vector,
+        "re:layers.1.*(k_proj|gate_proj)": [n for n in linear if "layers.1" in n and ("k_proj" in n or "gate_proj" in n)],
+        "linear,embedding,lm-head": [n for n in names if n in linear or n.endswith(ends) or "wpe" in n],
+        "lora": [n for n in names if "lora_" in n],
+    }
+    return picked[spec]
+
+
 @dataclass(frozen=True)
 class Twin:
     """What the tests need from this file."""
@@ -299,6 +319,7 @@ class Twin:
     pad: Callable[..., Batch] = pad
     compare: Callable[..., Block] = assert_matches_loop
     lora: Callable[..., Any] = adapted
+    names: Callable[..., list[str]] = chosen_names
     vocabulary: int = VOCABULARY
     families: tuple[str, ...] = field(default_factory=lambda: tuple(CONFIGS))
 
