@@ -83,6 +83,7 @@ ALLOWED = {
         "clock",
         "data",
         "demo",
+        "foreign",
         "models",
         "selectors",
         "pipeline",

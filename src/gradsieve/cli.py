@@ -220,6 +220,9 @@ def _compare(arguments: list[str]) -> int:
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     compare = tyro.cli(command.Compare, prog="gradsieve compare", args=arguments, config=flags)
     comparison = compare.ready()
+    if command.assists():
+        compare.assist(comparison)
+        return 0
     console = make_console()
     for note in comparison.material.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)

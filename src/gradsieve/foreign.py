@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,21 @@ def known_renames() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
         yield
+
+
+@contextmanager
+def alone_on_purpose() -> Iterator[None]:
+    """Hides transformers' advice to take a launcher, where one of a launcher's processes trains without the others."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "process group is initialized, but parallel_mode" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.training_args")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 @contextmanager

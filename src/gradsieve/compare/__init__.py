@@ -8,6 +8,7 @@ subsets       what each arm chooses, from them
 training      one cell's work: train, measure, let it answer
 records       the folder: what is kept of a cell, results.jsonl
 run           cell by cell
+team          the processes of a launcher: all train, the first does everything else
 speed         what a cell takes, from what others took
 estimate      how long it will take
 statistics    paired bootstrap over items and seeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,20 @@ class Compare:
             say(told_line(finished, done, total, seconds_left))
 
         return comparison.run(progress=progress, told=told, minutes=self.minutes, only=self.only)
+
+    def assist(self, comparison: Comparison) -> None:
+        """Takes part in what the first process of a launcher does, and prints nothing."""
+        from gradsieve.compare import forecast
+
+        if self.dry_run:
+            forecast(comparison, self.only)
+        else:
+            comparison.run(only=self.only)
+
+
+def assists() -> bool:
+    """Says whether this is one of a launcher's processes, and not the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def told_line(finished: Finished, done: int, total: int, seconds_left: float | None) -> str:

@@ -37,7 +37,8 @@ from gradsieve.compare.records import (
 from gradsieve.compare.speed import Speed, predicted
 from gradsieve.compare.stores import gradient_settings, method_settings, reads_store, selector
 from gradsieve.compare.subsets import Subset, subset
-from gradsieve.compare.training import Job, Outcome, clear, keep, make_job, metrics_of, work
+from gradsieve.compare.team import Team
+from gradsieve.compare.training import Job, Outcome, clear, given_back, keep, make_job, metrics_of, train, work
 from gradsieve.data import write_lines
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import KeptBase
@@ -101,7 +102,8 @@ class Comparison:
     ) -> list[Finished]:
         """Does every cell that is not finished, and gathers the results.
 
-        Several processes may work on one folder: each takes cells that no other is at.
+        Several processes may work on one folder: each takes cells that no other is at. Those of one launcher (torchrun,
+        accelerate launch) train every cell together; all else is done by the first, which alone is told of it.
 
         Args:
             progress: Is told how far a cell's stages are.
@@ -114,15 +116,19 @@ class Comparison:
 
         Raises:
             InvalidArgument: `only` names something else, the folder holds a cell that was made with other settings, or a
-                launcher started several processes, which would all train the one cell.
+                launcher shards weights.
+            GradsieveError: Another process of the launcher has ended.
         """
-        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            raise InvalidArgument(
-                f"a comparison must run in one process of a launcher, got {processes}; start several without torchrun or "
-                "accelerate launch: each takes cells that no other is at"
-            )
-        started = time.monotonic()
         cells = only_cells(self.config, only)
+        team = Team(self.material.device)
+        if not team.first:
+            self._assist(team)
+            return self.finished()
+        with team.leading():
+            return self._lead(team, cells, progress, told, minutes)
+
+    def _lead(self, team: Team, cells: Sequence[Cell], progress: Progress, told: Told, minutes: float | None) -> list[Finished]:
+        started = time.monotonic()
         self._open()
         model: Any = None
         base: KeptBase | None = None
@@ -142,7 +148,8 @@ class Comparison:
                         model = self.material.source.load(self.material.dtype, self.material.device)
                         base = base or keep(model, self.material, progress)
                     folder = cell_folder(self.study, cell) / "training"
-                    outcome, model = work(model, base, self.material, job, folder, progress)
+                    together = team.training(cell, chosen)
+                    outcome, model = work(model, base, self.material, job, folder, progress, together)
                     self._keep(cell, job, chosen, outcome)
                     clear(folder, keep_model=self.config.keep_models)
             write_results(self.study, self.cells)
@@ -153,6 +160,17 @@ class Comparison:
         if any(one.cell.arm == BASE for one in done):
             write_reports(self.config)
         return done
+
+    def _assist(self, team: Team) -> None:
+        """Joins in every training that the first process begins."""
+        model: Any = None
+        for cell, chosen in team.told():
+            job = make_job(self.material, cell, self.config.arm(cell.arm), chosen)
+            if model is None:
+                model = self.material.source.load(self.material.dtype, "cpu")  # the trainer moves it to this process's device
+            with team.joined():
+                trained = train(model, self.material, job, cell_folder(self.study, cell) / "training")
+            model = given_back(trained, job)
 
     def finished(self) -> list[Finished]:
         """Returns the finished cells, in order."""

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from gradsieve.compare.subsets import Subset
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import Generated, KeptBase, TestSet, harness, keep_base, measure
-from gradsieve.train import Recipe, finetune
+from gradsieve.train import Recipe, Trained, finetune
 from gradsieve.train.plan import make_plan
 
 
@@ -145,8 +146,36 @@ def keep(model: Any, material: Material, progress: Progress = silent) -> KeptBas
     return keep_base(model, tests, progress=progress) if tests else None
 
 
+def train(model: Any, material: Material, job: Job, folder: Path, progress: Progress = silent) -> Trained:
+    """Trains a cell's model; a killed training in `folder` goes on."""
+    assert job.recipe is not None
+    on_cpu = material.device == "cpu"  # what a trainer would do on its own is to take the accelerator
+    return finetune(
+        model,
+        job.tokens,
+        dataclasses.replace(job.recipe, device="cpu") if on_cpu else job.recipe,
+        folder,
+        weights=job.weights,
+        anchor=job.anchor,
+        replay=job.replay,
+        progress=progress,
+    )
+
+
+def given_back(trained: Trained, job: Job) -> Any:
+    """Returns the untouched model after a training; None where all its weights were trained."""
+    assert job.recipe is not None
+    return trained.restore() if job.recipe.tuning == "lora" else None
+
+
 def work(
-    model: Any, base: KeptBase | None, material: Material, job: Job, folder: Path, progress: Progress = silent
+    model: Any,
+    base: KeptBase | None,
+    material: Material,
+    job: Job,
+    folder: Path,
+    progress: Progress = silent,
+    training: AbstractContextManager[int] = nullcontext(1),  # noqa: B008  (holds nothing)
 ) -> tuple[Outcome, Any]:
     """Trains, measures and lets the model answer; a killed training in `folder` goes on.
 
@@ -157,24 +186,17 @@ def work(
         job: The cell's.
         folder: Of the training.
         progress: Is told how far a stage is.
+        training: Is entered while the model is trained; gives the number of processes that train it.
 
     Returns:
         The outcome, and the model as it was handed in; None in its place where all its weights were trained.
     """
     if job.recipe is None:
         return _examine(model, None, material, {}, progress), model
-    on_cpu = material.device == "cpu"  # what a trainer would do on its own is to take the accelerator
-    trained = finetune(
-        model,
-        job.tokens,
-        dataclasses.replace(job.recipe, device="cpu") if on_cpu else job.recipe,
-        folder,
-        weights=job.weights,
-        anchor=job.anchor,
-        replay=job.replay,
-        progress=progress,
-    )
+    with training as processes:
+        trained = train(model, material, job, folder, progress)
     facts = {
+        "processes": processes,
         "steps": trained.steps,
         "epochs": trained.epochs,
         "tokens": trained.tokens,
@@ -186,7 +208,7 @@ def work(
         "last_loss": float(np.mean(trained.losses[-5:])),
     }
     outcome = _examine(trained.model, base, material, facts, progress)
-    return outcome, trained.restore() if job.recipe.tuning == "lora" else None
+    return outcome, given_back(trained, job)
 
 
 def clear(folder: Path, *, keep_model: bool) -> None:
