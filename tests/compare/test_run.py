@@ -160,6 +160,18 @@ def test_a_cell_that_is_missing_is_done_again_to_the_same_values(finished: Compa
     }
 
 
+def test_a_training_folder_that_a_kill_left_in_a_finished_cell_is_removed(finished: Comparison, tmp_path: Path) -> None:
+    config = copied(finished, tmp_path)
+    left, kept = (tmp_path / "study" / "cells" / f"{arm}--0--equal_steps" / "training" for arm in ("full", "random--25pct"))
+    for folder in (left / "checkpoints" / "checkpoint-1", left / "model", kept / "model"):
+        folder.mkdir(parents=True)
+    told: list[Finished] = []
+    Comparison.of(config).run(told=lambda one, *_: told.append(one))
+    assert told == []
+    assert not left.exists()
+    assert (kept / "model").exists()  # by a run with keep_models
+
+
 def test_cells_of_other_settings_are_refused_with_both_sides(finished: Comparison, tmp_path: Path) -> None:
     config = dataclasses.replace(copied(finished, tmp_path), recipe={**finished.config.recipe, "learning_rate": 1e-3})
     message = r"full--0--equal_steps must be of .*training\.recipe\.learning_rate None there, 0\.001 here; name another --out"

@@ -136,7 +136,11 @@ class Comparison:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
             with _claimed(cell_folder(self.study, cell)) as ours:
-                if not ours or self._is_finished(cell):
+                if not ours:
+                    continue
+                folder = cell_folder(self.study, cell) / "training"
+                if self._is_finished(cell):
+                    clear(folder, keep_model=self.config.keep_models)  # where a process was killed before it did
                     continue
                 chosen = self.chosen(cell, progress)
                 job = make_job(self.material, cell, self.config.arm(cell.arm), chosen)
@@ -147,11 +151,10 @@ class Comparison:
                     if model is None:
                         model = self.material.source.load(self.material.dtype, self.material.device)
                         base = base or keep(model, self.material, progress)
-                    folder = cell_folder(self.study, cell) / "training"
                     together = team.training(cell, chosen)
                     outcome, model = work(model, base, self.material, job, folder, progress, together)
                     self._keep(cell, job, chosen, outcome)
-                    clear(folder, keep_model=self.config.keep_models)
+                clear(folder, keep_model=self.config.keep_models)
             write_results(self.study, self.cells)
             done = self.finished()
             told(done[[one.cell for one in done].index(cell)], len(done), len(self.cells), self.seconds_left(done, cells))

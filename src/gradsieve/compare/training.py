@@ -25,6 +25,7 @@ from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import Generated, KeptBase, TestSet, harness, keep_base, measure
 from gradsieve.train import Recipe, Trained, finetune
+from gradsieve.train.finetune import CHECKPOINTS, MODEL
 from gradsieve.train.plan import make_plan
 
 
@@ -212,11 +213,17 @@ def work(
 
 
 def clear(folder: Path, *, keep_model: bool) -> None:
-    """Removes what a finished training left: all of it, or all but the model."""
-    if not keep_model:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what a finished training left: all of it, or all but the model.
+
+    Nothing is removed where the checkpoints are gone: what is there then was kept.
+    """
+    if not (folder / CHECKPOINTS).exists():
         return
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep_model:
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
