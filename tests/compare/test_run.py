@@ -248,6 +248,24 @@ def test_tasks_and_written_texts_are_measured_like_tests(content: dict[str, Any]
     assert "colours" in (comparison.study / "summary.md").read_text()
 
 
+def test_documents_of_local_tasks_are_searched_for_leaks_and_others_noted(content: dict[str, Any], tmp_path: Path) -> None:
+    asked = "Which colour did the painter choose for the door of the house by the river?"
+    rows = [{"question": asked if i else "And now?", "options": ["red", "blue"], "gold": i % 2} for i in range(3)]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colours.yaml").write_text(TASK.format(folder=tmp_path))
+    content["tasks"] = {"colours": {"include_path": str(tmp_path), "limit": 2}, "arc_easy": {"limit": 2}}
+    pool = Path(content["pool"])
+    stolen = {"id": "stolen", "prompt": asked, "completion": "Blue."}
+    pool.write_text(pool.read_text() + json.dumps(stolen) + "\n")
+    config = parse_config(content, "x.yaml")
+    with pytest.raises(InvalidArgument, match=r"pool .*:25 \(stolen\): \d+% like task colours document 1 \(1\)"):
+        Comparison.of(config)
+    material = Comparison.of(config, drop_leaks=True).material
+    assert [(leak.id, leak.other_side) for leak in material.leaks()] == [("stolen", "task colours")]
+    note = "the documents of the task arc_easy were not checked for leaks: not of a local YAML file"
+    assert [one for one in material.notes if "were not checked" in one] == [note]
+
+
 def test_a_cell_that_another_process_is_at_is_left_to_it(finished: Comparison, tmp_path: Path) -> None:
     config = copied(finished, tmp_path)
     folder = tmp_path / "study" / "cells" / "base"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
-from gradsieve.evaluate import harness
+from gradsieve.evaluate import harness, task_documents
 
 module: Any = importlib.import_module("gradsieve.evaluate.harness")
 OPTIONS = ("red", "blue", "a dark green")
@@ -83,6 +83,21 @@ def test_a_generating_task_is_held_to_its_text(folder: Path, tiny: Any, tokenize
     data.write_text(data.read_text().replace('"word": "x"', '"word": "xxxx"', 2))
     found = harness(model, tokenizer, ["words"], include_path=folder, limit=4)["words"]
     assert found.items["exact_match"].tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_documents_of_a_task_are_prompts_and_right_answers(folder: Path) -> None:
+    asked = [f"What is {i}? Answer:" for i in range(6)]
+    assert task_documents("colours", include_path=folder) == list(zip(asked, OPTIONS * 2, strict=True))
+    assert task_documents("words", include_path=folder, limit=2) == [(asked[0], "x"), (asked[1], "x")]
+    written = folder / "words.yaml"
+    written.write_text(written.read_text().replace("doc_to_target: word", "doc_to_target: gold"))
+    assert task_documents("words", include_path=folder, limit=2)[1] == (asked[1], "1")  # a number, and no option's
+    (folder / "both.yaml").write_text("group: both\ntask: [colours, words]\n")
+    with pytest.raises(DataError, match="both: must be a single task, got a group"):
+        task_documents("both", include_path=folder)
+    (folder / "data.jsonl").unlink()
+    with pytest.raises(DataError, match="colours: the data must be local or within reach, got: "):
+        task_documents("colours", include_path=folder)
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(folder: Path, tiny: Any, tokenizer: Any) -> None:

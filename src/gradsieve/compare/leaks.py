@@ -7,6 +7,9 @@ hold them. Three kinds:
     near      at least `threshold` of the word triples of both texts together are in both (Jaccard index, prompt and answer)
     answer    the same of the answers alone, where both have at least `SHORTEST` triples: a question asked in other words
 
+Documents of tasks of lm-evaluation-harness count as tests where the task is a local YAML file, worded as the task words them:
+what a template adds to a short question makes it less like the bare one. A note names the tasks that were not looked at.
+
 The search is exact: the small sides (tests, target, anchor) are indexed by word triple and the pool is run past the indexes
 once, so that memory is that of the small sides and no pair is missed. `gradsieve.data.dedup` is another search: within one
 large set this one costs the square of its size, so that it has MinHash there, which may miss a pair just at its threshold, and

@@ -17,7 +17,7 @@ from gradsieve.data import Tokens, TokenSet, content_hash, read_examples
 from gradsieve.data.template import read_template
 from gradsieve.demo import demo_general, demo_set, demo_test, is_demo
 from gradsieve.errors import DataError, InvalidArgument
-from gradsieve.evaluate import TestSet
+from gradsieve.evaluate import TestSet, task_documents
 from gradsieve.models import ModelSource, find_model, resolve_device, resolve_dtype
 from gradsieve.types import Example
 
@@ -115,7 +115,8 @@ class Material:
         notes: list[str] = []
         tests = {name: read_test(config, name, test, notes) for name, test in config.tests.items()}
         seeds = config.seeds if config.data_per_seed else config.seeds[:1]
-        sides = {seed: _read_sides(config, seed, tests, drop_leaks, notes) for seed in seeds}
+        walls = {f"test {name}": examples for name, examples in tests.items()} | _task_sides(config, notes)
+        sides = {seed: _read_sides(config, seed, walls, drop_leaks, notes) for seed in seeds}
         sides = {seed: sides.get(seed, sides[seeds[0]]) for seed in config.seeds}
         dropped = {seed: len(one.leaks) for seed, one in sides.items() if one.leaks}
         if dropped:
@@ -187,9 +188,34 @@ def tokens_digest(tokens: Sequence[Tokens]) -> str:
     return str(hasher.hexdigest())
 
 
-def _read_sides(config: Config, seed: int, tests: Mapping[str, Sequence[Example]], drop: bool, notes: list[str]) -> Sides:
+def _task_sides(config: Config, notes: list[str]) -> dict[str, list[Example]]:
+    """Returns the documents of the tasks in local YAML files as examples, for the search for leaks alone.
+
+    Stock tasks would fetch their data; that they were not looked at is added to the notes.
+    """
+    sides: dict[str, list[Example]] = {}
+    for name, task in config.tasks.items():
+        reason = "not of a local YAML file"
+        if task.include_path is not None:
+            try:
+                sides[f"task {name}"] = [
+                    Example(str(number), _turns(*texts), b"", f"document {number}")
+                    for number, texts in enumerate(task_documents(name, include_path=task.include_path, limit=task.limit))
+                ]
+                continue
+            except DataError as error:
+                reason = str(error)
+        notes.append(f"the documents of the task {name} were not checked for leaks: {reason}")
+    return sides
+
+
+def _turns(prompt: str, answer: str) -> tuple[Mapping[str, str], ...]:
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer.strip()}
+
+
+def _read_sides(config: Config, seed: int, walls: Mapping[str, Sequence[Example]], drop: bool, notes: list[str]) -> Sides:
     roles = {role: _read(config, config.files(role, seed), role, notes) for role in ("pool", "target", "anchor")}
-    sides = {**roles, **{f"test {name}": examples for name, examples in tests.items()}}
+    sides = {**roles, **walls}
     leaks = find_leaks(sides, [name for name in sides if name not in roles], config.near_duplicate)
     if not drop:
         refuse(leaks)

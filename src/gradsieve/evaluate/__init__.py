@@ -4,7 +4,7 @@ Losses, answer-bearing tokens, KL to the base model, multiple choice, generated 
 """
 
 from gradsieve.evaluate.generation import Generated
-from gradsieve.evaluate.harness import TaskResult, harness
+from gradsieve.evaluate.harness import TaskResult, harness, task_documents
 from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, measure
 from gradsieve.evaluate.network import KeptBase, keep_base
 from gradsieve.evaluate.sets import Options, Suite, TestSet
@@ -23,4 +23,5 @@ __all__ = [
     "harness",
     "keep_base",
     "measure",
+    "task_documents",
 ]

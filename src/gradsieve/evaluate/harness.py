@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,43 @@ def harness(
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"{', '.join(tasks)}: the data must be local or within reach, got: {reason}") from error
     return {name: _result(found, name) for name in found["results"]}
+
+
+def task_documents(name: str, *, include_path: str | Path | None = None, limit: int | None = None) -> list[tuple[str, str]]:
+    """Returns prompt and answer of the documents that a task measures, from the first, worded as the task words them.
+
+    The prompt is without solved examples; of several answers that count as right it is the first.
+
+    Raises:
+        InvalidArgument: The task is unknown.
+        DataError: It is a group of tasks, or its data are neither local nor within reach, or not of texts.
+        MissingExtra: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
+    manager = _task_manager([name], include_path)
+    try:
+        with own_randomness():
+            task = manager.load([name])["tasks"].get(name)
+            if task is None:
+                raise DataError(f"{name}: must be a single task, got a group; name its members")
+            return [_texts(task, document) for document in islice(task.eval_docs, limit)]
+    except (ConnectionError, FileNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{name}: the data must be local or within reach, got: {reason}") from error
+    except (LookupError, TypeError) as error:
+        raise DataError(f"{name}: prompts and answers must be texts, got {error!r}") from error
+
+
+def _texts(task: Any, document: Any) -> tuple[str, str]:
+    """Returns a document's prompt and answer; where a task gives the number of an option, the option."""
+
+    def text(given: Any) -> str:
+        if isinstance(given, int) and task.config.doc_to_choice is not None:
+            given = task.doc_to_choice(document)[given]
+        return text(given[0]) if isinstance(given, list) and given else str(given)
+
+    return text(task.doc_to_text(document)), text(task.doc_to_target(document))
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
