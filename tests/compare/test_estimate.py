@@ -1,13 +1,17 @@
 """What is said beforehand: every cell with its time, from a short measurement, and nothing written."""
 
 import dataclasses
+import importlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from gradsieve.compare import training
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.command import forecast_line
 from gradsieve.compare.config import Config, parse_config
@@ -18,8 +22,11 @@ from gradsieve.compare.speed import Speed, predicted, training_tokens
 from gradsieve.compare.stores import WHOLE, open_stores, passes_left
 from gradsieve.compare.subsets import navigator_passes_left
 from gradsieve.data import TokenSet
+from gradsieve.evaluate import TaskResult
 from gradsieve.navigation import split_anchor
 from gradsieve.train.navigator import LoRANavigator
+
+estimate: Any = importlib.import_module("gradsieve.compare.estimate")
 
 
 def test_a_forecast_lists_every_cell_and_writes_nothing(config: Config) -> None:
@@ -74,6 +81,35 @@ def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
     content |= {"target": str(tmp_path / "target-{seed}.jsonl"), "arms": {"ogs-static": None}, "out": str(tmp_path / "third")}
     comparison = Comparison.of(parse_config(content, "x.yaml"))
     assert sorted(open_stores(comparison.study, comparison.material).values()) == [[0], [1]]
+
+
+@pytest.mark.parametrize(("documents", "limit", "expected"), [(100, None, 55), (100, 40, 25), (4, None, 7), (1, None, 5.5)])
+def test_the_time_of_a_task_follows_from_few_of_its_documents(
+    content: dict[str, Any], documents: int, limit: int | None, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["tasks"] = {"colours": {"limit": limit}}
+    material = Comparison.of(parse_config(content, "x.yaml")).material
+    clock, asked = [0.0], []
+
+    def harness(*_: Any, limit: int, **__: Any) -> dict[str, TaskResult]:
+        asked.append(limit)
+        clock[0] += 5 + 0.5 * min(limit, documents)
+        return {"colours": TaskResult({}, {"acc": torch.zeros(1)}, "1", 0, documents)}
+
+    monkeypatch.setattr(training, "harness", harness)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert estimate._task_seconds(None, "colours", material) == pytest.approx(expected)
+    assert max(asked) == 9
+
+
+def test_a_forecast_counts_the_time_of_tasks(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Comparison.of(parse_config(content, "x.yaml"))
+    tasks = Comparison.of(parse_config(content | {"tasks": {"colours": {}, "shapes": {}}}, "x.yaml"))
+    monkeypatch.setattr(estimate, "_task_seconds", lambda *_: 1000.0)
+    without, with_tasks = (estimate._measured(one) for one in (plain, tasks))
+    assert without.examine < 1000
+    assert with_tasks.examine == pytest.approx(2000, abs=1000)
+    assert with_tasks.examined_base == pytest.approx(2000, abs=1000)
 
 
 class Counter:

@@ -83,6 +83,7 @@ def test_a_generating_task_is_held_to_its_text(folder: Path, tiny: Any, tokenize
     data.write_text(data.read_text().replace('"word": "x"', '"word": "xxxx"', 2))
     found = harness(model, tokenizer, ["words"], include_path=folder, limit=4)["words"]
     assert found.items["exact_match"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert found.documents == 6
 
 
 def test_the_documents_of_a_task_are_prompts_and_right_answers(folder: Path) -> None:

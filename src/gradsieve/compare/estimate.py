@@ -12,13 +12,15 @@ from typing import Any
 
 from gradsieve.compare.cells import Cell, only_cells
 from gradsieve.compare.config import FULL
+from gradsieve.compare.material import Material
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.speed import Speed, predicted
 from gradsieve.compare.stores import passes_left
 from gradsieve.compare.subsets import Subset, navigator_passes_left
-from gradsieve.compare.training import keep, make_job, work
+from gradsieve.compare.training import keep, make_job, run_task, work
 
 STEPS = 2  # of training, that are timed
+DOCUMENTS = 1, 9  # of a task, that are timed: what both take alike is its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Forecast:
 
 
 def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
-    """Measures two training steps and an evaluation of a few items, and returns what follows for every cell.
+    """Measures two training steps and an evaluation of a few items of tests and tasks, and returns what follows for every cell.
 
     Nothing is written to the comparison's folder. What finished cells took counts in place of the measurement. A token pass
     for gradients or a Navigator (`gradsieve.overhead`) is taken to cost what training on a token does; what else a method does
@@ -66,7 +68,7 @@ def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
 
 
 def _measured(comparison: Comparison) -> Speed:
-    """Trains two steps and evaluates the first items of each test."""
+    """Trains two steps and evaluates the first items of each test and task."""
     material, config = comparison.material, comparison.config
     seed = config.seeds[0]
     cell = Cell(FULL, None, seed, "equal_steps")
@@ -75,14 +77,31 @@ def _measured(comparison: Comparison) -> Speed:
     assert job.recipe is not None
     few = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, steps=STEPS, epochs=None))
     share = {test.name: min(len(test.tokens), 8) for test in material.tests}
-    part = dataclasses.replace(material, tests=[test.first(share[test.name]) for test in material.tests])
+    part = dataclasses.replace(
+        material, config=dataclasses.replace(config, tasks={}), tests=[test.first(share[test.name]) for test in material.tests]
+    )
     model = material.source.load(material.dtype, material.device)
     with tempfile.TemporaryDirectory() as folder:
+        tasks = sum(_task_seconds(model, name, material) for name in config.tasks)
         base = keep(model, part)
         outcome, _ = work(model, base, part, few, Path(folder) / "training")
     scale = _tokens(material.tests) / _tokens(part.tests)
     examine = outcome.seconds["evaluate"] * scale + outcome.seconds["generate"]
-    return Speed(outcome.seconds["train"] / few.trained_tokens, examine, examine / 2)
+    return Speed(outcome.seconds["train"] / few.trained_tokens, examine + tasks, examine / 2 + tasks)
+
+
+def _task_seconds(model: Any, name: str, material: Material) -> float:
+    """Returns about how long a task takes, from few of its documents."""
+    run_task(model, name, material, DOCUMENTS[0])  # imports and fetches what is not counted
+    seconds = []
+    for count in DOCUMENTS:
+        started = time.perf_counter()
+        there = run_task(model, name, material, count).documents
+        seconds.append(time.perf_counter() - started)
+    asked = min(there, material.config.tasks[name].limit or there)
+    few, more = (min(count, there) for count in DOCUMENTS)
+    each = max(0.0, seconds[1] - seconds[0]) / max(1, more - few)
+    return seconds[0] + each * max(0, asked - few)
 
 
 def _tokens(tests: Sequence[Any]) -> int:

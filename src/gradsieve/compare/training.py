@@ -23,7 +23,7 @@ from gradsieve.compare.records import Values
 from gradsieve.compare.subsets import Subset
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
-from gradsieve.evaluate import Generated, KeptBase, TestSet, harness, keep_base, measure
+from gradsieve.evaluate import Generated, KeptBase, TaskResult, TestSet, harness, keep_base, measure
 from gradsieve.train import Recipe, Trained, finetune
 from gradsieve.train.finetune import CHECKPOINTS, MODEL
 from gradsieve.train.plan import make_plan
@@ -291,19 +291,29 @@ def _measure(
 
 def _task(model: Any, name: str, material: Material) -> dict[str, npt.NDArray[np.float64]]:
     """Returns what a task of lm-evaluation-harness gives per document."""
+    found = run_task(model, name, material, material.config.tasks[name].limit)
+    return {metric: column.double().numpy() for metric, column in found.items.items()}
+
+
+def run_task(model: Any, name: str, material: Material, limit: int | None) -> TaskResult:
+    """Returns what a task of lm-evaluation-harness gives on its first `limit` documents, on all where that is None.
+
+    Raises:
+        InvalidArgument: It gives no number per document.
+    """
     task = material.config.tasks[name]
     found = harness(
         model,
         material.source.tokenizer,
         [name],
         include_path=task.include_path,
-        limit=task.limit,
+        limit=limit,
         fewshot=task.fewshot,
         chat=task.chat,
     )[name]
     if not found.items:
         raise InvalidArgument(f"task {name} must give a number per document, got none (a group of tasks?); name its members")
-    return {metric: column.double().numpy() for metric, column in found.items.items()}
+    return found
 
 
 def _answers(model: Any, material: Material, texts: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:

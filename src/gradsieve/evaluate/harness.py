@@ -33,12 +33,14 @@ class TaskResult:
             metrics that are one number per document, none for a group; by `metric,filter` where there are several filters.
         version: The task's version.
         fewshot: How many solved examples stood in each prompt.
+        documents: How many documents the task has, measured or not; 0 for a group.
     """
 
     scores: Mapping[str, float]
     items: Mapping[str, Tensor]
     version: str
     fewshot: int
+    documents: int
 
 
 def harness(
@@ -161,7 +163,8 @@ def _result(found: Mapping[str, Any], name: str) -> TaskResult:
     numbers = {key: float(value) for key, value in found["results"][name].items() if _is_number(value) and "," in key}
     samples = sorted(found["samples"].get(name, []), key=lambda sample: sample["doc_id"])
     version = str(found["versions"].get(name, ""))
-    return TaskResult(numbers, _items(samples), version, int(found["n-shot"].get(name) or 0))
+    documents = int(found["n-samples"].get(name, {}).get("original", 0))
+    return TaskResult(numbers, _items(samples), version, int(found["n-shot"].get(name) or 0), documents)
 
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
