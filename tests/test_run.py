@@ -66,7 +66,7 @@ def test_a_forward_pass_does_where_no_gradient_is_read_and_beside_gradients_give
         gs.Job(model=str(tiny_model), store=str(tmp_path / "both"), pool=(data["pool"],), target=(data["target"],), **SMALL)
     )
     beside = gs.select("rds", store=str(tmp_path / "both"), **common)
-    assert {p.name for p in (tmp_path / "both").iterdir()} == {"pool", "target"}
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"pool", "target", "excluded.jsonl"}
     assert beside.pool.dim == 256
     assert torch.equal(alone.selection.rows, beside.selection.rows)
     assert torch.allclose(alone.selection.scores, beside.selection.scores, atol=1e-3)
