@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from gradsieve.data import tokenize
+from gradsieve.data import TokenSet
 from gradsieve.foreign import known_renames
 from gradsieve.models import find_model
 from gradsieve.terminal import Terminal
@@ -24,6 +24,7 @@ from gradsieve.train import Recipe, finetune
 from gradsieve.types import Example
 from prepare import ABILITIES, apart, example, read
 
+LENGTH = 256
 ROWS = 200
 """Of each set."""
 RECIPE = Recipe(learning_rate=5e-4, batch=8, micro_batch=2, epochs=2)
@@ -39,15 +40,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of each set")
     arguments = parser.parse_args()
     source = find_model(arguments.model)
-    tokens = tokenize(lessons(arguments.source, arguments.data, arguments.rows), source.tokenizer, max_length=256).tokens
+    examples = lessons(arguments.source, arguments.data, arguments.rows)
+    tokens = TokenSet.of("lessons", examples, source.tokenizer, max_length=LENGTH)
+    for note in tokens.remarks(LENGTH):
+        print(f"note: {note}")
     model = source.load(torch.float32, "cpu")
     with Terminal() as terminal:
-        trained = finetune(model, tokens, RECIPE, arguments.out / "training", progress=terminal.progress)
+        trained = finetune(model, tokens.tokens, RECIPE, arguments.out / "training", progress=terminal.progress)
     with known_renames():
         merged = PeftModel.from_pretrained(trained.restore(), trained.folder).merge_and_unload()
     merged.save_pretrained(arguments.out)
     source.tokenizer.save_pretrained(arguments.out)
-    print(f"{len(tokens)} rows, {trained.steps} steps: the model is in {arguments.out}")
+    print(f"{len(tokens.kept)} rows, {trained.steps} steps: the model is in {arguments.out}")
 
 
 def lessons(source: Path, data: Path, rows: int) -> list[Example]:

@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -396,98 +394,6 @@ def test_a_tracker_may_be_added_to_what_is_half_done(finished: Comparison, tmp_p
     done = Comparison.of(dataclasses.replace(config, recipe=recipe)).run(told=lambda one, *_: told.append(one))
     assert told == []
     assert len(done) == len(finished.cells)
-
-
-LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def test_two_processes_of_a_launcher_train_every_cell_together(content: dict[str, Any], tmp_path: Path) -> None:
-    warmed = {"method": "less", "settings": {"warmup_share": 0.5}}  # trains before it chooses, which the first does alone
-    content |= {"arms": {"warmed": warmed, "whole": {"method": "random", "recipe": {"tuning": "full"}}}, "seeds": [0]}
-    content["recipe"] |= {"learning_rate": 0.01, "warmup": 0}  # seen in what is measured
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
-    both = Comparison.of(parse_config(content, "small.yaml"))
-    both.run(only=["random"])
-    ran = subprocess.run([*LAUNCHER, "-m", "gradsieve.cli", "compare", str(path)], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("cell 5 of 5: ") == ran.stdout.count("Look at ") == 1
-    assert "torch.distributed" not in ran.stderr
-    alone = Comparison.of(parse_config(content | {"out": str(tmp_path / "alone")}, "small.yaml"))
-    alone.run()
-    found = results(both.study)
-    assert [one["training"].get("processes") for one in found] == [None, 2, 1, 2, 2]
-    for one, other in zip(results(alone.study), found, strict=True):
-        assert [one[key] for key in ("cell", "work", "inputs")] == [other[key] for key in ("cell", "work", "inputs")]
-        assert (one["selection"] or {}).get("digest") == (other["selection"] or {}).get("digest")
-        assert one["training"].get("last_loss", 0.0) == pytest.approx(other["training"].get("last_loss", 0.0), rel=1e-5)
-        for test, means in one["means"].items():
-            assert other["means"][test] == pytest.approx(means, rel=1e-4, abs=1e-6)
-    losses = [one["means"]["asked"]["loss"] for one in found]
-    assert min(abs(loss - losses[0]) for loss in losses[1:]) > 1e-2
-    assert not list(both.study.glob("cells/*/training"))
-
-
-def test_a_launcher_that_shards_weights_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_FSDP": "true"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InvalidArgument, match="launched with plain data parallelism, got ACCELERATE_USE_FSDP"):
-        Comparison.of(config).run()
-    assert not Path(config.out).exists()
-
-
-TEAM = """
-import sys
-from gradsieve.compare.team import Team
-from gradsieve.errors import GradsieveError, ModelError
-failing = sys.argv[1]
-
-def lead(team):
-    with team.leading():
-        if failing == "first apart": raise ModelError("spoiled")
-        with team.training("a cell"):
-            if failing == "first": raise ModelError("spoiled")
-
-def assist(team):
-    for (cell,) in team.told():
-        with team.joined():
-            if failing == "other": raise ModelError("spoiled")
-
-try:
-    team = Team("cpu")
-    (lead if team.first else assist)(team)
-except GradsieveError as error:
-    sys.exit(str(error))
-"""
-
-
-@pytest.mark.parametrize(
-    ("failing", "said"),
-    [
-        ("first apart", ["spoiled", ""]),
-        ("first", ["spoiled", "another process of the launcher has ended"]),
-        ("other", ["another process of the launcher has ended", "spoiled"]),
-    ],
-)
-def test_an_error_in_one_process_ends_all_of_them(failing: str, said: Sequence[str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    team = [
-        subprocess.Popen(
-            [sys.executable, "-c", TEAM, failing],
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process, message in zip(team, said, strict=True):
-        stderr = process.communicate(timeout=600)[1]
-        assert (process.returncode != 0) == bool(message), stderr
-        if message == "spoiled":  # whoever loses the connection may say so in torch's words, and torch's threads may abort it
-            assert message in stderr
 
 
 def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None:

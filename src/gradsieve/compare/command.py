@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +68,11 @@ class Compare:
 
 
 def assists() -> bool:
-    """Says whether this is one of a launcher's processes, and not the first."""
-    return os.environ.get("RANK", "0") != "0"
+    """Says whether this is one of several processes of a launcher, and not the first."""
+    from gradsieve.compare.team import launched
+
+    size, first = launched()
+    return size > 1 and not first
 
 
 def told_line(finished: Finished, done: int, total: int, seconds_left: float | None) -> str:

@@ -14,7 +14,7 @@ from gradsieve.compare.config import RANDOM, Config
 from gradsieve.compare.figures import figures
 from gradsieve.compare.records import read_finished, read_json
 from gradsieve.compare.summary import Pair, Standing, Summary, summarise
-from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, standings_csv, tally
+from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, per_step, standings_csv, tally
 from gradsieve.report import wording
 from gradsieve.report.render import document, packaged
 
@@ -61,7 +61,7 @@ def render(summary: Summary, drawn: Mapping[str, str]) -> str:
         "settings": _settings(summary.record["config"]),
         "versions": [*summary.record["versions"].items(), *summary.record["hardware"].items()],
     }
-    filters: dict[str, Callable[..., object]] = {"interval": interval, "tally": tally, "safe_svg": Markup}
+    filters: dict[str, Callable[..., object]] = {"interval": interval, "tally": tally, "per_step": per_step, "safe_svg": Markup}
     own = {name: packaged("gradsieve.compare", name) for name in ("page.html.j2", "page.css")}
     return document(own["page.html.j2"], values, filters, more_css=own["page.css"])
 

@@ -19,6 +19,12 @@ _SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _LONGEST_WAIT = timedelta(days=365)  # of the others for the first, which measures and takes gradients meanwhile
 
 
+def launched() -> tuple[int, bool]:
+    """Returns how many processes a launcher started together, and whether this is the first; of one alone it is."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return size, size == 1 or os.environ.get("RANK") == "0"
+
+
 class Team:
     """The processes of a launcher; a process that was started alone is a team of one, which waits for nobody.
 
@@ -37,8 +43,7 @@ class Team:
             InvalidArgument: The launcher was told to shard weights.
         """
         self._launched = {name: os.environ[name] for name in _LAUNCHED if name in os.environ}
-        self.size = int(self._launched.get("WORLD_SIZE", "1"))
-        self.first = self.size == 1 or self._launched.get("RANK") == "0"
+        self.size, self.first = launched()
         self._together = False
         if self.size == 1:
             return
