@@ -17,18 +17,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from gradsieve.alignment import mean_cosine
 from gradsieve.data import TokenSet, read_examples
 from gradsieve.models import find_model
 from gradsieve.store import GradientStore
-
-
-def mean_cosine(sketches: Tensor) -> float:
-    """Returns the mean cosine of two different rows of [n, d]."""
-    unit = sketches.double() / sketches.double().norm(dim=1, keepdim=True)
-    n = len(unit)
-    return float((unit.sum(0).square().sum() - n) / (n * (n - 1)))
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

@@ -61,6 +61,7 @@ ALLOWED = {
     },
     "pipeline": BASE
     | {
+        "alignment",
         "batch_size",
         "check",
         "clock",
@@ -93,6 +94,7 @@ ALLOWED = {
         "evaluate",
     },
     "overhead": set(),
+    "alignment": {"types"},
     "navigation": BASE | {"data", "evaluate", "train"},
     "transfer": BASE | {"atomic", "clock", "data", "demo", "models", "pipeline", "selectors"},
     "demo_run": BASE | {"clock", "data", "selectors", "pipeline"},

@@ -271,6 +271,7 @@ def _record(result: Result) -> dict[str, Any]:
                 "pool": float(result.pool.columns["tokens"].mean()),
                 "chosen": float(result.pool.columns["tokens"][result.selection.rows].mean()) if chosen else None,
             },
+            "mean_cosine": dataclasses.asdict(result.alignment) if result.alignment is not None else None,
             "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
         },
         "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,

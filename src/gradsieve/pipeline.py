@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gradsieve.alignment import Alignment, alignment
 from gradsieve.check import Compared
 from gradsieve.clock import Clock, Progress, silent
 from gradsieve.data import Excluded, TokenSet
@@ -41,6 +42,7 @@ class Result:
         clock: Cost per stage.
         model: The files and hash of the model that did the scoring.
         overhead: What choosing cost beside training; None where no gradient was taken.
+        alignment: How alike the chosen gradients are; None where there are none.
     """
 
     method: tuple[str, Selector]
@@ -56,6 +58,7 @@ class Result:
     clock: Clock
     model: ModelSource
     overhead: Overhead | None
+    alignment: Alignment | None
 
     def save(self, out: str | Path) -> Path:
         """Writes `selected.jsonl`, `scores.parquet`, `excluded.jsonl`, `run.json` and `report.html`; returns the folder."""
@@ -155,6 +158,9 @@ def select(
     spent = run.overhead(problem.candidates, selection)
     if spent is not None:
         run.notes.append(str(spent))
+    alike = alignment(problem.candidates, selection.rows, config.seed)
+    if alike is not None and alike.one_way:
+        run.notes.append(str(alike))
     by_id = {example.id: example for example in run.sets["pool"].examples}
     result = Result(
         method=(name, selector),
@@ -170,6 +176,7 @@ def select(
         clock=run.clock,
         model=run.source,
         overhead=spent,
+        alignment=alike,
     )
     if out is not None:
         result.save(out)

@@ -40,7 +40,7 @@ def test_every_way_to_a_number_gives_the_same(B: int) -> None:
     a, b, G = drawn(B, 7, 12, 5)
     true = G.square().sum((1, 2))
     assert torch.allclose(layers.squared_norm(G), true)
-    assert torch.allclose(layers.squared_norm_by_gram(layers.gram(a), b), true)
+    assert torch.allclose(layers.squared_norm_by_gram(layers.doubled(layers.gram(a)), b), true)
     smallest, largest = layers.extremes(G)
     assert torch.equal(smallest, G.amin((1, 2)))
     assert torch.equal(largest, G.amax((1, 2)))
@@ -61,7 +61,7 @@ def test_gram_matrices_come_in_bands_below_the_diagonal(T: int) -> None:
         assert torch.allclose(band, whole[:, :, : band.shape[2]])
     assert sum(band.shape[1] for band in bands) == T == bands[-1].shape[2]
     assert len(bands) <= 4
-    assert torch.allclose(layers.squared_norm_by_gram(bands, b), G.square().sum((1, 2)))
+    assert torch.allclose(layers.squared_norm_by_gram(layers.doubled(bands), b), G.square().sum((1, 2)))
 
 
 def test_a_norm_keeps_its_digits_in_float32() -> None:

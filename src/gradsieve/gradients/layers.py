@@ -119,20 +119,23 @@ def gram(x: Tensor) -> list[Tensor]:
     return [torch.bmm(x[:, first : first + rows], x[:, : first + rows].mT) for first in range(0, x.shape[1], rows)]
 
 
+def doubled(bands: list[Tensor]) -> list[Tensor]:
+    """Returns the bands of `gram` with what stands before their squares times two, in place: it stands for both its sides."""
+    for band in bands:
+        band[:, :, : band.shape[2] - band.shape[1]] *= 2
+    return bands
+
+
 def squared_norm_by_gram(bands: list[Tensor], b: Tensor) -> Tensor:
     """Returns ‖G_z‖² = Σ_{t,t'} (a_t·a_t')(b_t·b_t') without forming G; float64 [B].
 
     Args:
-        bands: a aᵀ as `gram` gives it.
+        bands: a aᵀ as `gram` gives it, `doubled`.
         b: Output gradient [B, T, d_out].
     """
-    squares = torch.zeros(len(b), dtype=torch.float64, device=b.device)
-    for mine, other in zip(bands, gram(b), strict=True):
-        products = other.to(torch.promote_types(b.dtype, torch.float32)).mul_(mine)
-        before = products.shape[2] - products.shape[1]
-        squares += products.sum(2).sum(1, dtype=torch.float64)
-        squares += products[:, :, :before].sum(2).sum(1, dtype=torch.float64)
-    return squares
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    rows = [other.to(dtype).mul_(mine).sum(2) for mine, other in zip(bands, gram(b), strict=True)]
+    return torch.cat(rows, 1).sum(1, dtype=torch.float64)
 
 
 def extremes(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class Reading:
         name: The first reader's parameter name: it names the projection that all readers share.
         sharers: How many layers read it.
         projected: a P [B, T, k] by projection, once made.
-        gram: a aᵀ in bands, once made.
+        gram: a aᵀ in doubled bands, once made.
         sums: Σ over d_in of a, [B, T], once made.
         ranked: a by the norms of its columns, once made.
     """

@@ -170,7 +170,7 @@ class Sums:
     def _gram(self, reading: Reading, a: Tensor | None) -> list[Tensor]:
         if reading.gram is None:
             assert a is not None
-            reading.gram = layers.gram(a)
+            reading.gram = layers.doubled(layers.gram(a))
         return reading.gram
 
     def _input_sums(self, reading: Reading, a: Tensor | None) -> Tensor:
