@@ -1,7 +1,7 @@
 """What per-example gradients cost, in multiples of the least that any method must do.
 
     python benchmarks/extract.py                 the demo model, all layers: 8 x 128, 4 x 256 tokens, log-normal lengths
-    python benchmarks/extract.py --quick         six layers, 4 x 128, below two minutes
+    python benchmarks/extract.py --quick         six layers, 3 x 128, below two minutes
     python benchmarks/extract.py --only PATTERN  the rows whose names match, beside FLOOR and the training step
     python benchmarks/extract.py --peers DIR     with other libraries, installed as peers.txt says
     python benchmarks/extract.py --json FILE     the same table for machines
@@ -13,7 +13,8 @@ every method needs that wants each layer's input and output gradient. A plain tr
 All rows are run in turn in one process, `--repeats` times, and each is divided by FLOOR (and by the plain step) *of the same
 turn*; the table shows medians, so that a slow moment of the machine falls on all rows alike. Times are CPU times of all threads
 (wall times on a GPU). Memory is the allocator's peak above what was held before. Errors are the largest of all columns and of
-the sketches, against one float64 `backward()` for each of two examples, on the scales of `gradsieve extract --check`.
+the sketches, against one float64 `backward()` for each of two examples (with `--quick` of one), on the scales of `gradsieve
+extract --check`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ LINEAR, NORM, SIGNALS = "sketch of linear", "  + norm", "  + norm, signals of em
 ONE, FOUR, BOTH = "  + norm, 1 reference", "  + norm, 4 references", "  + max, min, 4 references"
 EXTREME = "  + norm, max, min"
 WIDE = "  + norm, 4 references as wide sketches"
+CHECKED = {False: (40, 64), True: (48,)}  # lengths of the examples that are compared with float64 loops, with --quick or not
 DENSE = "LESS-style loop with TRAK's projection"
 LESS, LORA_STEP, LORA = "LESS-style loop, batch 1", "LoRA training step", "sketch and norm of LoRA"
 HALF_FLOOR, HALF = "FLOOR in bfloat16", "sketch of linear in bfloat16"
@@ -87,7 +89,7 @@ def rows_for(
     names = [name for name in WAYS if wanted.search(name)]
     one, four = draw_references(model) if {ONE, FOUR, BOTH} & set(names) else (None, None)
     references = {ONE: one, FOUR: four, BOTH: four, WIDE: draw_wide_references(model) if WIDE in names else None}
-    truth = Truth(model) if check and names else None
+    truth = Truth(model, CHECKED[options.quick]) if check and names else None
     rows = [
         Row("FLOOR: forward, activation-only backward", all_batches(lambda batch: floor(model, batch), batches)),
         Row("plain training step", trainable(all_batches(lambda batch: plain_step(model, batch), batches), model)),
@@ -98,7 +100,7 @@ def rows_for(
         singles = examples_of(batches)
         rows.append(Row(LESS, trainable(lambda: less_style(model, singles), model)))
     if wanted.search(LORA):
-        rows += lora_rows(model, batches, check)
+        rows += lora_rows(model, batches, CHECKED[options.quick] if check else None)
     if (
         wanted.search(HALF)
         and options.dtype == "float32"
@@ -110,11 +112,11 @@ def rows_for(
     return rows + found, missing
 
 
-def lora_rows(model: Any, batches: Sequence[Batch], check: bool) -> list[Row]:
-    """A LoRA training step, and its per-example gradients."""
+def lora_rows(model: Any, batches: Sequence[Batch], checked: Sequence[int] | None) -> list[Row]:
+    """A LoRA training step, and its per-example gradients, checked on examples of these lengths."""
     adapted = lora_of(model)
     step = all_batches(lambda batch: plain_step(adapted, batch), batches)
-    truth = Truth(adapted) if check else None
+    truth = Truth(adapted, checked) if checked else None
     return [
         Row(LORA_STEP, trainable(step, adapted, adapters=True)),
         engine_row(LORA, adapted, batches, EngineSettings("lora", signals=False), None, truth),
@@ -210,7 +212,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="a local folder or hub id; the demo model by default")
     parser.add_argument("--shape", nargs="+", help="8x128 (examples x tokens) or lognormal; several may be given")
     parser.add_argument("--layers", type=int, help="keep only the first so many layers")
-    parser.add_argument("--quick", action="store_true", help="six layers, 4x128, three turns")
+    parser.add_argument("--quick", action="store_true", help="six layers, 3x128, three turns")
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression: rows whose names it finds")
     parser.add_argument("--peers", type=Path, help="the folder that other libraries were installed in")
     parser.add_argument("--repeats", type=int, help="turns on the clock (5; with --quick 3)")
@@ -228,7 +230,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", FutureWarning)
     layers = options.layers or (6 if options.quick else None)
-    shapes = options.shape or (["4x128"] if options.quick else ["8x128", "4x256", "lognormal"])
+    shapes = options.shape or (["3x128"] if options.quick else ["8x128", "4x256", "lognormal"])
     repeats = options.repeats or (3 if options.quick else 5)
     model = load(options.model, layers, DTYPES[options.dtype], options.device)
     found, summary, missing = list[dict[str, Any]](), {}, {}

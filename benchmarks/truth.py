@@ -1,8 +1,9 @@
-"""How exact the engine is: its numbers on two short examples against one float64 `backward()` each."""
+"""How exact the engine is: its numbers on short examples against one float64 `backward()` each."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from ways import fill
 
 
 class Truth:
-    """Two short examples, and a float64 copy of the model on the processor."""
+    """Short random examples, and a float64 copy of the model on the processor."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, lengths: Sequence[int]) -> None:
         rng = torch.Generator().manual_seed(1)
-        self.examples = [fill([length], model.config.vocab_size, rng, str(model.device)) for length in (40, 64)]
+        self.examples = [fill([length], model.config.vocab_size, rng, str(model.device)) for length in lengths]
         self.twin = copy.deepcopy(model).cpu().double()
 
 

@@ -84,7 +84,7 @@ class Loop:
         (nll / at.sum() if self.settings.reduction == "mean" else nll).backward()
         gradients = {name: _laid_out(site) for name, site in self._watched.items()}
         own = self._merged({site.name: gradients[site.name] for site in self.sites})
-        norm = sum(float(g.square().sum()) for g in own.values()) ** 0.5
+        norm = sum(float(torch.linalg.vector_norm(g)) ** 2 for g in own.values()) ** 0.5
         columns = {"loss": float(nll.detach() / at.sum()), "completion_tokens": float(at.sum()), "norm": norm}
         scales = {"loss": abs(columns["loss"]), "completion_tokens": 1.0, "norm": norm}
         for name, r in self.references.items():
@@ -152,10 +152,10 @@ def _laid_out(site: Site) -> Tensor:
 
 def _add_statistics(columns: dict[str, float], scales: dict[str, float], group: str, g: Tensor) -> None:
     """Adds norm, mean, sd, max and min: errors of mean and sd are measured against the root mean square."""
-    norm, largest = float(g.square().sum()) ** 0.5, float(g.abs().max())
-    mean = float(g.mean())
-    rms = norm / g.numel() ** 0.5
-    values = {"norm": norm, "mean": mean, "sd": max(rms**2 - mean**2, 0.0) ** 0.5, "max": float(g.max()), "min": float(g.min())}
+    norm, mean = float(torch.linalg.vector_norm(g)), float(g.mean())
+    low, high = (float(end) for end in g.aminmax())
+    largest, rms = max(-low, high), norm / g.numel() ** 0.5
+    values = {"norm": norm, "mean": mean, "sd": max(rms**2 - mean**2, 0.0) ** 0.5, "max": high, "min": low}
     against = {"norm": norm, "mean": rms, "sd": rms, "max": largest, "min": largest}
     columns |= {f"{name}/{group}": value for name, value in values.items()}
     scales |= {f"{name}/{group}": value for name, value in against.items()}
