@@ -69,7 +69,7 @@ def test_the_run_says_so_only_where_it_is_plain(pool: float, chosen: float, says
 
 def test_the_note_says_what_to_do() -> None:
     assert "mean cosine of 0.14, two of the pool's 0.04; steps add up" in str(Alignment(0.04, 0.14))
-    assert "half the learning rate" in str(Alignment(0.04, 0.14))
+    assert "halve the learning rate" in str(Alignment(0.04, 0.14))
 
 
 @dataclass(frozen=True)
