@@ -333,6 +333,24 @@ def test_what_peft_trains_beside_lora_is_not_left_out_in_silence(twin: Any, conf
         twin.compare(model.get_base_model(), "lora,re:modules_to_save", names, twin.rows(LENGTHS), 1e-9)
 
 
+@pytest.mark.parametrize(("family", "layer", "refused"), [("opt", "q_proj", True), ("mistral", "q_proj", False)])
+def test_biases_that_peft_trains_beside_lora_are_not_left_out_in_silence(
+    twin: Any, family: str, layer: str, refused: bool
+) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=[layer], bias="lora_only")
+    model = twin.lora(build(family), torch.float64, config=config)
+    if not refused:  # there are none
+        GradientEngine(model)
+        return
+    with pytest.raises(ModelError, match=r"got bias='lora_only': biases beside them; name what to take"):
+        GradientEngine(model)
+    names = [name for name, p in model.get_base_model().named_parameters() if p.requires_grad]
+    assert any(name.endswith("bias") for name in names)
+    twin.compare(model.get_base_model(), r"lora,re:base_layer\.bias$", names, twin.rows(LENGTHS), 1e-9)
+
+
 def test_adapters_of_the_head_are_refused(twin: Any) -> None:
     from peft import LoraConfig
 

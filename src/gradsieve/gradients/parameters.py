@@ -135,6 +135,13 @@ def _require_lora_alone(model: nn.Module) -> None:
                     f"parameter {prefix}.{name} must be a LoRA matrix for --params auto, got one of {type(module).__name__}; "
                     "name what to take, such as --params lora, linear or re:PATTERN"
                 )
+    for config in getattr(model, "peft_config", {}).values():
+        trained = getattr(config, "bias", "none")
+        if trained != "none" and any(name.endswith(".bias") for name, _ in model.named_parameters()):
+            raise ModelError(
+                f"adapters must train LoRA matrices alone for --params auto, got bias={trained!r}: biases beside them; name "
+                "what to take, such as --params lora or re:'lora_|bias$'"
+            )
 
 
 def chosen_size(model: nn.Module, spec: str) -> int:
