@@ -12,7 +12,8 @@ import torch
 import gradsieve as gs
 from gradsieve import cli, store
 from gradsieve.check import TOLERANCES, Compared, errors_of
-from gradsieve.gradients.loop import Truth
+from gradsieve.gradients.loop import Loop, Truth
+from gradsieve.gradients.settings import EngineSettings
 from gradsieve.models import find_model
 from gradsieve.pipeline import extract
 
@@ -47,6 +48,20 @@ def test_a_store_agrees_with_the_loop(job: gs.Job, changes: dict[str, Any]) -> N
         assert one.passed, one
         assert one.worst in done.problem.candidates.ids
     assert max(one.error for one in done.checked) > 0
+
+
+def test_an_error_of_an_extreme_is_measured_against_the_largest_entry_of_either_sign(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama().double()
+    loop = Loop(model, EngineSettings("linear", layers="extremes", signals=False), {})
+    true = loop.example([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5])
+    by_sign = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if f"max/{name}" in true.scales and parameter.grad is not None:
+            g = parameter.grad
+            assert true.scales[f"max/{name}"] == true.scales[f"min/{name}"] == pytest.approx(float(g.abs().max()))
+            assert true.columns[f"max/{name}"] == pytest.approx(float(g.max()))
+            by_sign[bool(g.max() > -g.min())] += 1
+    assert min(by_sign.values()) > 0  # the largest is a negative one in some
 
 
 def test_the_command_prints_a_table_and_finds_a_wrong_row(
