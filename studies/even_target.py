@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from prepare import Row, apart, read, topic, write
+from prepare import Row, apart, publisher, read, topic, write
 
 
 def main() -> None:
@@ -50,11 +50,6 @@ def even(rows: list[Row], tests: Counter[str], count: int, rng: random.Random) -
         chosen += rng.sample(own, wanted)
     rng.shuffle(chosen)
     return chosen
-
-
-def publisher(row: Row) -> str:
-    """Returns who published a row's text."""
-    return str(row["source"]).split("/")[0].split()[0]
 
 
 if __name__ == "__main__":

@@ -237,6 +237,11 @@ def topic(row: Row) -> str:
     return str(row.get("topic") or row["id"])
 
 
+def publisher(row: Row) -> str:
+    """Returns who published a row's text."""
+    return str(row["source"]).split("/")[0].split()[0]
+
+
 def draw_target(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
     """Returns rows of random topics, at most four of each."""
     by_topic: dict[str, list[Row]] = {}

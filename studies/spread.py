@@ -22,6 +22,7 @@ from gradsieve.alignment import mean_cosine
 from gradsieve.data import TokenSet, read_examples
 from gradsieve.models import find_model
 from gradsieve.store import GradientStore
+from prepare import publisher
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -29,14 +30,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
-def family(row: dict[str, Any]) -> str:
-    """Returns who published a row's text."""
-    return str(row["source"]).split("/")[0].split()[0]
-
-
 def share(rows: list[dict[str, Any]], name: str) -> float:
-    """Returns the share of the rows that are of one family."""
-    return sum(family(row) == name for row in rows) / len(rows)
+    """Returns the share of the rows that are of one publisher."""
+    return sum(publisher(row) == name for row in rows) / len(rows)
 
 
 def main() -> None:
@@ -51,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     store, tokenizer = GradientStore.open(options.store), find_model(options.model).tokenizer
     target, test = (list(read(options.data / f"{name}.jsonl").values()) for name in ("target", "test"))
-    main_source = Counter(map(family, target)).most_common(1)[0][0]
+    main_source = Counter(map(publisher, target)).most_common(1)[0][0]
     cosines: dict[str, list[float]] = {"pool": []}
     shares: dict[str, list[float]] = {"pool": [], "target": [share(target, main_source)], "test": [share(test, main_source)]}
     seeds: set[int] = set()
