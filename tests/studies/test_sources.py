@@ -50,3 +50,26 @@ def test_a_source_with_too_little_is_named(script: Callable[[str], dict[str, Any
         script("even_target.py")["even"](
             rows("acts", 9) + rows("terms", 4), Counter({"acts": 1, "terms": 1}), 10, random.Random(0)
         )
+
+
+def pool(name: str, count: int) -> list[dict[str, str]]:
+    return [{**row, "planted": "swapped" if place % 5 == 0 else "clean"} for place, row in enumerate(rows(name, count))]
+
+
+def test_a_third_of_a_mixed_pool_is_of_its_domain(script: Callable[[str], dict[str, Any]]) -> None:
+    strangers = [{**row, "planted": "off-domain"} for row in rows("strange", 9)]
+    pools = {"medicine": pool("medicine", 30), "law": pool("law", 30) + strangers, "finance": pool("finance", 30)}
+    drawn = script("mixed_pool.py")["mixed"](pools, "law", 50, random.Random(0))
+    places = Counter(row["source"].split("/")[0] for row in drawn)
+    assert places == {"medicine": 16, "law": 18, "finance": 16}
+    assert {row["planted"] for row in drawn if row["source"].startswith("law")} == {"clean", "swapped"}
+    assert {row["planted"] for row in drawn if not row["source"].startswith("law")} == {"off-domain"}
+    assert len({row["id"] for row in drawn}) == 50
+    assert [row["source"] for row in drawn] != sorted(row["source"] for row in drawn)
+
+
+def test_a_pool_too_small_to_mix_is_named(script: Callable[[str], dict[str, Any]]) -> None:
+    with pytest.raises(SystemExit, match="the pool of law must have 16 rows of its own, got 9"):
+        script("mixed_pool.py")["mixed"](
+            {"medicine": pool("m", 30), "law": pool("l", 9), "finance": pool("f", 30)}, "finance", 50, random.Random(0)
+        )
