@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from prepare import Row, apart, publisher, read, topic, write
+from prepare import Row, apart, publisher, read, topic, unasked, write
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     walls |= {"tests": tests, "anchor": read(options.data / "anchor.jsonl")}
     topics = {topic(row) for row in target}
     train = [row for row in read(options.source / f"{options.domain}.train.jsonl.gz") if topic(row) in topics]
-    usable = apart([row for row in train if row.get("kind") != "crossref"], walls)
+    usable = unasked(apart([row for row in train if row.get("kind") != "crossref"], walls), walls)
     rows = even(usable, Counter(map(publisher, tests)), len(target), random.Random(f"even target/{options.domain}"))
     write(folder / "target-even.jsonl", rows)
     print(f"{options.domain}: {dict(Counter(map(publisher, rows)))}, before {dict(Counter(map(publisher, target)))}")

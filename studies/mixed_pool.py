@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from prepare import ABILITIES, DOMAINS, Row, apart, read, write
+from prepare import ABILITIES, DOMAINS, Row, apart, read, unasked, write
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     walls = {name: read(folder / f"{name}.jsonl") for name in ("target", "test")}
     walls |= {name: read(options.data / f"{name}.jsonl") for name in ("anchor", *ABILITIES)}
     for path in sorted(folder.glob("pool-*.jsonl")):
-        pools = {domain: apart(read(options.data / domain / path.name), walls) for domain in DOMAINS}
+        pools = {domain: unasked(apart(read(options.data / domain / path.name), walls), walls) for domain in DOMAINS}
         rows = mixed(pools, options.domain, len(read(path)), random.Random(f"mixed/{options.domain}/{path.stem}"))
         write(options.data / "mixed" / options.domain / path.name, rows)
         print(f"{path.name}: {dict(Counter(row['planted'] for row in rows))}")

@@ -8,9 +8,9 @@ the domains medicine, law and finance and the general abilities general and math
     anchor.jsonl             150 rows of general and 150 of math, train parts, `category` says which
     general.jsonl, math.jsonl    their test parts
     DOMAIN/test.jsonl        the test part
-           target.jsonl      96 rows of the train part, of topics that no pool has
+           target.jsonl      96 rows of the train part, of topics that no pool has, less those that a test asks too
            small-SEED.jsonl  the first 150 rows of the pool, for smoke.yaml
-           pool-SEED.jsonl   1,000 other rows of the train part and 250 faults; `planted` says which row is what
+           pool-SEED.jsonl   1,000 other rows of the train part and 250 faults, less the same; `planted` says which row is what
     facts.json               what is in each file, and what was left out
 
 Faults, none made the way a contrast is made (there: numbers become others, answers of like length change places, negation):
@@ -94,18 +94,19 @@ def prepare(source: Path, out: Path, seeds: Sequence[int], sizes: Mapping[str, i
     sound_math = apart(parts["math"]["train"], walls)
     for domain in DOMAINS:
         train = apart(parts[domain]["train"], walls)
-        target = draw_target(train, size["target"], random.Random(f"target/{domain}"))
-        topics = {topic(row) for row in target}
-        pool = apart([row for row in train if topic(row) not in topics], walls | {"target": target})
+        drawn = draw_target(train, size["target"], random.Random(f"target/{domain}"))
+        target = unasked(drawn, walls)
+        topics = {topic(row) for row in drawn}
+        pool = apart([row for row in train if topic(row) not in topics], walls | {"target": drawn})
         others = [
-            row for other in DOMAINS if other != domain for row in apart(parts[other]["train"], walls | {"target": target})
+            row for other in DOMAINS if other != domain for row in apart(parts[other]["train"], walls | {"target": drawn})
         ]
         write(out / domain / "test.jsonl", tests[domain])
         write(out / domain / "target.jsonl", target)
         facts[domain] = {"train": len(parts[domain]["train"]), "usable": len(pool), "target": len(target)}
         for seed in seeds:
             rows = make_pool(pool, others, sound_math, size, random.Random(f"{domain}/{seed}"))
-            rows = apart(rows, walls | {"target": target})
+            rows = unasked(apart(rows, walls | {"target": drawn}), walls | {"target": target})
             write(out / domain / f"pool-{seed}.jsonl", rows)
             write(out / domain / f"small-{seed}.jsonl", rows[:SMALL])
             kinds = [row["planted"] for row in rows]
@@ -257,10 +258,19 @@ def draw_target(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row
 
 
 def apart(rows: Sequence[Row], walls: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """Returns the rows that are not, or nearly, behind one of the walls."""
+    """Returns the rows that are not, or nearly, behind one of the walls; a question answered otherwise there may stay."""
+    return _without(rows, walls, ("same", "near", "answer"))
+
+
+def unasked(rows: Sequence[Row], walls: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Returns the rows whose question is not asked behind one of the walls: after all draws, which stay what they were."""
+    return _without(rows, walls, ("prompt",))
+
+
+def _without(rows: Sequence[Row], walls: Mapping[str, Sequence[Row]], kinds: Sequence[str]) -> list[Row]:
     examples = [example(row, f"{place}") for place, row in enumerate(rows)]
-    behind = [example(row, f"{name}/{place}") for name, wall in walls.items() for place, row in enumerate(wall)]
-    leaking = {leak.id for leak in find_leaks({"rows": examples, "walls": behind}, ["walls"], NEAR)}
+    behind = {name: [example(row, f"{place}") for place, row in enumerate(wall)] for name, wall in walls.items()}
+    leaking = {leak.id for leak in find_leaks({"rows": examples, **behind}, list(behind), NEAR) if leak.kind in kinds}
     return [row for row, one in zip(rows, examples, strict=True) if one.id not in leaking]
 
 

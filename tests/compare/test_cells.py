@@ -22,12 +22,12 @@ def test_every_arm_meets_every_budget_seed_and_view_once(content: dict[str, obje
         for view in ("equal_steps", "equal_repetition"):
             expected |= {Cell(arm, None, seed, view) for arm in ("full", "agem")}
             expected |= {Cell(arm, budget, seed, view) for arm in ("random", "less") for budget in ("5%", "20%")}
-            expected |= {Cell("long", "50%", seed, view)}
+            expected |= {Cell(arm, "50%", seed, view) for arm in ("random", "long")}
     assert set(cells) == expected
     assert len(cells) == len(expected)
     assert len({cell.name for cell in cells}) == len(cells)
     assert cells[0] == Cell("base")
-    assert [cell.seed for cell in cells[1:]] == [0] * 14 + [7] * 14
+    assert [cell.seed for cell in cells[1:]] == [0] * 16 + [7] * 16
 
 
 def test_some_cells_are_named_by_arm_and_budget(content: dict[str, object]) -> None:

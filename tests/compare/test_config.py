@@ -63,6 +63,9 @@ def test_arms_may_be_one_method_with_several_settings(content: Content) -> None:
         ("arms.base", {"method": "less"}, r"arms\.base\.method must be base \(the baseline of that name\), got 'less'"),
         ("arms.full", {"budgets": ["5%"]}, r"arms\.full\.budgets must be left out for full"),
         ("arms.base", {"recipe": {"batch": 2}}, r"arms\.base must be named base and have no recipe"),
+        ("arms.full", {"recipe": {"batch": 2}}, r"arms\.full\.recipe must be left out: full is .* name another arm full-…"),
+        ("arms.random", {"recipe": {"batch": 2}}, r"arms\.random\.recipe must be left out: random is trained as the compar"),
+        ("arms.agem.recipe.epochs", 2, r"arms\.agem\.recipe\.epochs must be left out in the view equal_steps.*got 2"),
         ("arms.untouched", {"method": "base"}, r"arms\.untouched must be named base"),
         ("arms.a--b", {"method": "less"}, r"arms must have names of letters, digits, .*got 'a--b'"),
         ("tests.asked.roll", 1, r"tests\.asked\.roll must be one of role, files, limit, metrics"),
@@ -139,6 +142,17 @@ def test_data_and_seed_stand_for_folders_and_seeds(content: Content, monkeypatch
     assert not dataclasses.replace(config, pool=("more.jsonl",)).data_per_seed
     monkeypatch.setenv("GRADSIEVE_DATA", "/e")
     assert parse_config(content, "x.yaml").files("pool", 0)[0] == "/e/pool-0.jsonl"
+
+
+def test_data_stands_for_its_folder_wherever_a_path_is(content: Content) -> None:
+    content |= {
+        "model": "{data}/model",
+        "chat_template": "{data}/t.jinja",
+        "tasks": {"a": {"include_path": "{data}/tasks", "limit": 3}, "arc_easy": None},
+    }
+    config = parse_config(content, "x.yaml", data="/d")
+    assert (config.model, config.chat_template, config.tasks["a"].include_path) == ("/d/model", "/d/t.jinja", "/d/tasks")
+    assert (config.tasks["a"].limit, config.tasks["arc_easy"].include_path) == (3, None)
 
 
 def test_the_demo_is_a_file_like_any_other(tmp_path: Path) -> None:

@@ -51,6 +51,26 @@ def test_the_three_kinds_are_told_apart_and_the_likest_partner_named() -> None:
     assert found[2].similarity == pytest.approx(jaccard(TEXT + " comes", TEXT))
 
 
+def test_a_question_answered_otherwise_is_a_leak_unless_it_is_a_form() -> None:
+    asked, other = example("p", "What is bile, then?", "Something the liver makes."), example("q", "Is bile?", "Yes.")
+    test = [example("t", "what is BILE — then", "A fluid."), example("u", "Is bile?", "No.")]
+    (found,) = find_leaks({"pool": [asked, other], "test": test}, ["test"], 0.8)
+    assert (found.kind, found.id, found.other_id, found.similarity) == ("prompt", "p", "t", 1.0)
+    assert str(found) == "pool file:p (p): its prompt is the same as test file:t (t)"
+    form = [*test, example("v", "What is bile, then?", "Green.")]  # so begin two of them
+    assert find_leaks({"pool": [asked], "test": form}, ["test"], 0.8) == []
+
+
+def test_case_compatibility_forms_and_what_a_script_without_spaces_writes_do_not_hide_a_leak() -> None:
+    pool = [
+        example("p", "Ｗhat Ｉs this？", TEXT.upper()),
+        example("q", "肝臓は何を作りますか", "肝臓は胆汁を作り胆嚢に蓄えます。食事のあと出ます"),
+    ]
+    test = [example("t", "what is that", TEXT), example("u", "別の質問", "肝臓は胆汁を作り,胆嚢に蓄えます 食事のあと出ます")]
+    found = find_leaks({"pool": pool, "test": test}, ["test"], 0.8)
+    assert [(leak.id, leak.other_id) for leak in found] == [("p", "t"), ("q", "u")]
+
+
 def test_the_threshold_binds() -> None:
     likeness = jaccard(TEXT + " comes", TEXT)
     sides = {"pool": [POOL[2]], "test": TEST}

@@ -19,14 +19,15 @@ import yaml
 
 from gradsieve.compare import training
 from gradsieve.compare.cells import Cell
-from gradsieve.compare.config import Config, parse_config
+from gradsieve.compare.config import Config, TaskSettings, parse_config
+from gradsieve.compare.material import metrics_of
 from gradsieve.compare.records import Finished, read_finished, read_items, read_json
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.stores import WHOLE, store_of
 from gradsieve.compare.subsets import Subset
 from gradsieve.compare.training import Job, full_steps, make_job, work
 from gradsieve.data.token_set import _key
-from gradsieve.errors import InvalidArgument
+from gradsieve.errors import GradsieveError, InvalidArgument
 from gradsieve.store import GradientStore
 
 
@@ -396,6 +397,131 @@ def test_a_tracker_may_be_added_to_what_is_half_done(finished: Comparison, tmp_p
     assert len(done) == len(finished.cells)
 
 
+def test_what_tensorboard_reads_outlives_its_cell(content: dict[str, Any]) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    content["recipe"] |= {"report_to": ["tensorboard"]}
+    comparison = Comparison.of(parse_config(content | {"arms": {"random": None}, "seeds": [0]}, "x.yaml"))
+    for one in comparison.run()[1:]:
+        folder = one.folder / "training"
+        assert [path.name for path in folder.iterdir()] == ["tensorboard"]
+        losses = [event.value for event in reading.EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")]
+        assert losses[0] == pytest.approx(one.record["training"]["first_loss"])
+        assert len(losses) == 2
+
+
+def test_every_cell_is_a_run_of_its_own_to_a_tracker(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def stop(*_: Any, name: str, **__: Any) -> None:
+        seen.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "finetune", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison.of(parse_config(content, "x.yaml")).run()
+    assert seen == ["full--0--equal_steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": {"surgery": "agem"}, "anchor": None}, "x.yaml: full--0--equal_steps: anchor must be given for surgery and"),
+        ({"recipe": {"replay_share": 0.5}, "anchor": None}, "x.yaml: full--0--equal_steps: anchor must be given for surgery"),
+        ({"arms": {"x": {"method": "random", "recipe": {"replay_share": 0.1}}}}, "x.yaml: x--25pct--0.*replay_share must make"),
+        (
+            {"views": ["equal_repetition"], "recipe": {"batch": 64, "epochs": 1}},
+            "x.yaml: full--0--equal_repetition: warmup must leave a step at the full rate, got 0.1 of 1 steps; set it to 0",
+        ),
+        (
+            {"views": ["equal_repetition"], "recipe": {"batch": 6, "epochs": 1}},  # 4 steps of the whole pool
+            "x.yaml: random--25pct--0--equal_repetition: warmup must leave a step at the full rate, got 0.1 of 1 steps",
+        ),
+        ({"recipe": {"report_to": ["trackerx"]}}, "x.yaml: full--0--equal_steps: report_to must name trackers"),
+        ({"recipe": {"tuning": "full"}, "dtype": "bfloat16"}, "x.yaml: full--0.*full tuning needs float32.*dtype: float32"),
+        ({"metrics": ["kl"]}, r"x.yaml: metrics must hold one that asked \(kind worked\) has besides kl, got kl; add loss"),
+        ({"metrics": ["loss", "choice_norm"]}, "x.yaml: metrics must each be of some test's kind, got choice_norm for asked"),
+        ({"tasks": {"arc_eazy": None}}, "tasks must be known to lm-eval, got 'arc_eazy'; did you mean arc_easy"),
+    ],
+)
+def test_what_would_fail_in_its_cell_is_refused_before_any_is_run(
+    content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    changed = {name: value for name, value in (content | changes).items() if value is not None}
+    if "arms" not in changes:
+        changed["arms"] = {"random": None}
+    with pytest.raises(GradsieveError, match=message):
+        Comparison.of(parse_config(changed, "x.yaml"))
+
+
+def test_a_metric_that_a_test_cannot_have_is_refused_where_it_asks_for_it_and_left_out_else(content: dict[str, Any]) -> None:
+    content["tests"]["asked"] |= {"metrics": ["loss", "bleu"]}
+    with pytest.raises(InvalidArgument, match=r"tests\.asked\.metrics must be of sets of kind worked, got bleu; remove"):
+        Comparison.of(parse_config(content, "x.yaml"))
+    del content["tests"]["asked"]["metrics"]
+    del content["metrics"]
+    material = Comparison.of(parse_config(content, "x.yaml")).material
+    assert [metrics_of(material.config, test) for test in material.tests] == [
+        ("loss", "key_loss", "key_accuracy"),
+        ("loss", "key_loss", "key_accuracy", "kl"),
+    ]
+
+
+def test_surgery_or_replay_of_all_arms_needs_no_steps_in_the_file(content: dict[str, Any]) -> None:
+    del content["steps"]
+    for own in ({"surgery": "agem", "anchor_batch": 2}, {"replay_share": 0.5}):
+        config = parse_config(content | {"recipe": content["recipe"] | own, "arms": {"random": None}}, "x.yaml")
+        assert full_steps(config, 24) == (6 if "surgery" in own else 12)  # half of each batch of 4 is replayed
+        Comparison.of(config)
+
+
+def test_wrong_options_and_a_tasks_data_decide_a_cells_numbers(content: dict[str, Any], tmp_path: Path) -> None:
+    picks, task = tmp_path / "picks.jsonl", tmp_path / "colours.jsonl"
+
+    def write(wrong: str = "a shoe", answer: int = 0, gold: int = 0) -> None:
+        rows = [
+            {"prompt": f"What is best for {i}?", "choices": ["a hat", wrong], "answer": answer, "completion": "a hat"}
+            for i in range(3)
+        ]
+        picks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = [{"question": f"What is {i}?", "options": ["red", "blue"], "gold": gold} for i in range(3)]
+        task.write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+    (tmp_path / "colours.yaml").write_text(TASK.format(folder=tmp_path))
+    content["tests"]["picks"] = {"role": "general", "files": str(picks)}
+    content["tasks"] = {"colours": {"include_path": str(tmp_path)}}
+    config = parse_config(content | {"arms": {"random": None}, "seeds": [0], "metrics": ["loss", "choice"]}, "x.yaml")
+    write()
+    Comparison.of(config).run(only=["base"])
+    write()
+    assert len(Comparison.of(config).run(only=["base"])) == 1
+    for changes, named in (({"wrong": "a boot"}, "tests.picks.options"), ({"gold": 1}, "tasks.colours.data")):
+        write(**changes)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match=f"base must be of the comparison that is asked for.*{named}"):
+            Comparison.of(config).run(only=["base"])
+
+
+def test_a_task_in_the_chat_format_is_asked_in_the_template_of_the_comparison(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    (tmp_path / "colours.jsonl").write_text("{}\n")
+    (tmp_path / "colours.yaml").write_text(TASK.format(folder=tmp_path))
+    seen: list[str] = []
+
+    def stop(model: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
+        seen.append(tokenizer.apply_chat_template([{"role": "user", "content": "why"}], tokenize=False))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "harness", stop)
+    content |= {"chat_template": str(tmp_path / "own.jinja")}
+    material = Comparison.of(parse_config(content, "x.yaml")).material
+    config = dataclasses.replace(material.config, tasks={"colours": TaskSettings(chat=True)})
+    with pytest.raises(KeyboardInterrupt):
+        training.run_task(None, "colours", dataclasses.replace(material, config=config), None)
+    assert seen == ["<why>"]
+    assert "<" not in str(material.source.tokenizer.chat_template)[:1]
+
+
 def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None:
     del content["target"]
     content["arms"] = {"less": None}
@@ -403,14 +529,10 @@ def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None
         Comparison.of(parse_config(content, "x.yaml"))
     content |= {"arms": {"replay": {"method": "random", "recipe": {"replay_share": 0.5}}}, "target": content.get("anchor")}
     del content["anchor"]
-    comparison = Comparison.of(parse_config(content, "x.yaml"))
-    with pytest.raises(InvalidArgument, match="replay needs an anchor"):
-        make_job(
-            comparison.material,
-            cell := Cell("replay", "25%", 0, "equal_steps"),
-            comparison.config.arm("replay"),
-            comparison.chosen(cell),
-        )
+    with pytest.raises(
+        InvalidArgument, match=r"x\.yaml: replay--25pct--0--equal_steps: anchor must be given for surgery and rep"
+    ):
+        Comparison.of(parse_config(content, "x.yaml"))
 
 
 def test_a_method_that_holds_out_half_of_the_anchor_has_a_store_of_its_own(content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.figures import figures
 from gradsieve.compare.page import headline, lead, render
 from gradsieve.compare.records import Finished, write_items, write_json
-from gradsieve.compare.summary import Effect, Standing, Summary, summarise
+from gradsieve.compare.summary import Effect, Standing, Summary, front_seeds, summarise
 from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, standings_csv
 from gradsieve.errors import DataError
 
@@ -60,6 +60,7 @@ def write(tmp_path: Path) -> Write:
         change: Callable[[Cell, dict[str, Any]], None] | None = None,
         hostile: str = "",
         budgets: dict[str, int] = BUDGETS,
+        items: dict[str, list[str]] = ITEMS,
     ) -> list[Finished]:
         rng = np.random.default_rng(0)
         level = {name: rng.normal(3, 0.5, len(items)) for name, items in ITEMS.items()}
@@ -83,7 +84,7 @@ def write(tmp_path: Path) -> Write:
                 change(cell, values)
             folder = tmp_path / cell.name
             write_json(folder / "selection.json", {"ids": [f"{cell.arm[0]}{i}" for i in range(3)] + ["shared"], "weights": []})
-            write_items(folder / "items.parquet", ITEMS, values)
+            write_items(folder / "items.parquet", items, values)
             answer = {
                 "test": "law",
                 "item": "l0",
@@ -172,7 +173,8 @@ def test_values_of_other_items_are_refused(write: Write) -> None:
 def test_nothing_is_judged_with_one_seed_or_without_methods_and_nothing_said_without_base(write: Write) -> None:
     one = summarise(write(seeds=(0,)), record(list(TEACHES)), resamples=200)
     assert headline(one) == "Nothing can be judged yet"
-    assert any("with one seed" in note for note in one.notes)
+    assert any("fewer than 3 seeds say too little of how runs differ: all arms not judged" in note for note in one.notes)
+    assert headline(summarise(write(seeds=(0, 1)), record(list(TEACHES)), resamples=200)) == "Nothing can be judged yet"
     assert {found.verdict for e in one.effects for found in e.against.values() if found} == {"unjudged"}
     bare = summarise(write(arms={"full": 0.3, "random": 0.2}), record(["full", "random"]), resamples=200)
     assert headline(bare) == "Nothing can be judged yet"
@@ -180,14 +182,65 @@ def test_nothing_is_judged_with_one_seed_or_without_methods_and_nothing_said_wit
         summarise(write()[1:], record(list(TEACHES)), resamples=200)
 
 
-def test_an_arm_with_fewer_seeds_is_compared_in_those_and_stands_not_on_the_front(write: Write) -> None:
+def test_an_arm_with_two_seeds_is_not_judged_and_not_held_against_the_front(write: Write) -> None:
     cells = [one for one in write() if not (one.cell.arm == "good" and one.cell.seed == 2)]
     summary = summarise(cells, record(list(TEACHES)), ["good--10pct--2--equal_steps"], resamples=300)
-    assert effect(summary, "good", "law", "loss").against["random"].seeds == 2  # type: ignore[union-attr]
-    assert not standing(summary, "good").on_front
+    found = effect(summary, "good", "law", "loss").against["random"]
+    assert found is not None
+    assert (found.seeds, found.verdict) == (2, "unjudged")
+    assert standing(summary, "good").on_front is None
     assert math.isnan(standing(summary, "good").front_share)
     assert "full" in {arm for arm in TEACHES if standing(summary, arm).on_front}
     assert any("1 cells are not finished" in note for note in summary.notes)
+    assert any("differ: good 10% not judged" in note for note in summary.notes)
+
+
+def test_the_front_is_judged_by_the_seeds_that_most_arms_have(write: Write) -> None:
+    late = {3: 0.5, 4: 0.5}  # of which nobody but random and full knows how well they go
+
+    def lift(cell: Cell, values: dict[str, Any]) -> None:
+        values["law"]["loss"] -= late.get(cell.seed or 0, 0.0)
+
+    cells = [one for one in write(seeds=(0, 1, 2, 3, 4), change=lift) if (one.cell.seed or 0) < 3 or one.cell.arm == "random"]
+    summary = summarise(cells, record(list(TEACHES)), resamples=300)
+    assert standing(summary, "random").gain.mean > standing(summary, "same").gain.mean + 0.1  # by its own seeds
+    assert {arm for arm in TEACHES if standing(summary, arm).on_front} == {"good", "bad"}
+    assert all(standing(summary, arm).front_share >= 0 for arm in TEACHES)
+    assert any("arms have different seeds" in note for note in summary.notes)
+    assert front_seeds([[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [5]]) == [0, 1, 2]
+    assert front_seeds([[0, 1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]]) == [1, 2, 3, 4]
+    assert front_seeds([[0], [1, 2], [1, 2]]) == [1, 2]
+
+
+def test_means_of_a_role_are_over_all_its_tests_that_have_the_metric(write: Write) -> None:
+    more_items = {**ITEMS, "words": [f"w{i}" for i in range(10)], "sums": [f"s{i}" for i in range(5)]}
+
+    def more(cell: Cell, values: dict[str, Any]) -> None:
+        values["words"] = {"loss": np.full(10, 1.0), "kl": np.full(10, 0.5 * (cell.arm != "base"))}
+        values["sums"] = {"exact_number": np.full(5, 1.0)}
+
+    said = record(list(TEACHES))
+    said["config"]["tests"] |= {"words": {"role": "general", "files": ["z"]}, "sums": {"role": "target", "files": ["s"]}}
+    cells = write(change=more, items=more_items)
+    summary = summarise(cells, said, resamples=300)
+    assert summary.gain_metric == "loss"
+    for arm in TEACHES:
+        own = [one.measurements().values["math"]["kl"].mean() for one in cells if one.cell.arm == arm]
+        assert standing(summary, arm).forgetting.mean == pytest.approx((np.mean(own) + 0.5) / 2)  # type: ignore[union-attr]
+        assert standing(summary, arm).gain.items == 30
+    full = effect(summary, "good", "law", "loss").against["full"]
+    assert full is not None
+    assert full.verdict == "win"
+    assert standing(summary, "good").verdicts["full"]["win"] == 2  # loss of law, kl of math
+    assert standing(summary, "full").verdicts["full"] == {"win": 0, "tie": 0, "loss": 0, "unjudged": 0}
+
+
+def test_without_kl_forgetting_is_the_metric_that_the_general_tests_have(write: Write) -> None:
+    def choose(cell: Cell, values: dict[str, Any]) -> None:
+        values["math"] = {"choice": np.full(20, 0.5)}
+
+    summary = summarise(write(change=choose), record(list(TEACHES)), resamples=300)
+    assert (summary.gain_metric, summary.forgetting_metric) == ("loss", "choice")
 
 
 def test_overlaps_by_hand(write: Write) -> None:

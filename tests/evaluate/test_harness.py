@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
-from gradsieve.evaluate import harness, task_documents
+from gradsieve.evaluate import harness, task_digest, task_documents
 
 module: Any = importlib.import_module("gradsieve.evaluate.harness")
 OPTIONS = ("red", "blue", "a dark green")
@@ -99,6 +99,19 @@ def test_the_documents_of_a_task_are_prompts_and_right_answers(folder: Path) -> 
     (folder / "data.jsonl").unlink()
     with pytest.raises(DataError, match="colours: the data must be local or within reach, got: "):
         task_documents("colours", include_path=folder)
+
+
+def test_what_decides_a_tasks_numbers_is_in_its_digest(folder: Path) -> None:
+    first = task_digest("colours", include_path=folder)
+    assert task_digest("colours", include_path=folder) == first
+    assert task_digest("colours", include_path=folder, limit=5) != first
+    data, task = folder / "data.jsonl", folder / "colours.yaml"
+    rows, text = data.read_text(), task.read_text()
+    data.write_text(rows.replace("red", "rad", 1))
+    assert task_digest("colours", include_path=folder) != first
+    data.write_text(rows)
+    task.write_text(text.replace("Answer:", "So:"))
+    assert task_digest("colours", include_path=folder) != first
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(folder: Path, tiny: Any, tokenizer: Any) -> None:

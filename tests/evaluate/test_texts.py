@@ -89,10 +89,26 @@ def test_bleu_cuts_chinese_into_characters() -> None:
         ("none", "#### 12", 0.0),
         ("-4", "The answer is 4.", 0.0),
         ("4", "none", math.nan),
+        ("It falls by \N{MINUS SIGN}5", "-5", 1.0),
+        ("It falls by \N{MINUS SIGN}5", "5", 0.0),
+        ("a loss of -$5", "#### -5", 1.0),
+        ("a loss of -$5", "#### 5", 0.0),
+        ("prices from 3-$5", "#### 5", 1.0),
+        ("\uff11\uff0c\uff12\uff10\uff10", "1200", 1.0),
+        ("10² is more", "#### 10", 1.0),
     ],
 )
 def test_numbers_are_held_to_their_value(text: str, right: str, score: float) -> None:
     assert exact_number([text], [right]).tolist() == pytest.approx([score], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("So 6 x 2 = 12, and then we", 0.0), ("#### 12", 0.0), ("#### 12 and", 1.0), ("12 #### and", 0.0), ("#### 12\n", 1.0)],
+)
+def test_the_last_number_of_a_text_that_was_cut_off_is_not_its_answer(text: str, score: float) -> None:
+    assert exact_number([text], ["#### 12"], [False]).tolist() == [score]
+    assert exact_number([text], ["#### 12"], [True]).tolist() == [1.0]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def gpt2(dtype: torch.dtype = torch.float32) -> Any:
+def gpt2(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -42,8 +42,8 @@ def gpt2(dtype: torch.dtype = torch.float32) -> Any:
         n_layer=2,
         n_head=2,
         n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
         attn_pdrop=0.0,
         bos_token_id=1,
         eos_token_id=1,

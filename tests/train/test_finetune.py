@@ -279,6 +279,46 @@ def test_the_seed_decides_and_the_callers_random_states_stay(tmp_path: Path) -> 
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # type: ignore[index]  # noqa: NPY002
 
 
+def test_what_tensorboard_reads_is_kept_beside_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = dataclasses.replace(PLAIN, report_to=("tensorboard",))
+    for folder, elsewhere in ((tmp_path / "a", None), (tmp_path / "b", tmp_path / "logs")):
+        if elsewhere:
+            monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(elsewhere))
+        trained = finetune(llama(), examples(6), recipe, folder)
+        log = reading.EventAccumulator(str(elsewhere or folder / "tensorboard")).Reload()
+        assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(trained.losses)
+    assert not (tmp_path / "b" / "tensorboard").exists()
+
+
+def test_each_training_is_a_run_of_its_own_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from transformers import TrainerCallback, integrations
+    from transformers.integrations import integration_utils
+
+    runs: list[str] = []
+    wandb = SimpleNamespace(run=None, finish=lambda: setattr(wandb, "run", None))
+
+    class Tracker(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+            if wandb.run is None:
+                wandb.run = args.run_name
+                runs.append(args.run_name)
+
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
+    recipe = dataclasses.replace(PLAIN, report_to=("wandb",))
+    finetune(llama(), examples(6), recipe, tmp_path / "first")
+    finetune(llama(), examples(6), recipe, tmp_path / "second", name="the second")
+    assert runs == ["first", "the second"]
+    assert wandb.run is None
+    wandb.run = "the caller's"
+    finetune(llama(), examples(6), recipe, tmp_path / "third")
+    assert (runs[2:], wandb.run) == ([], "the caller's")
+
+
 def test_a_tracker_that_is_named_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainerCallback, integrations
     from transformers.integrations import integration_utils
@@ -385,6 +425,11 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         "from gradsieve.train import Recipe, finetune\n"
         f"recipe = {SHARED!r}\n"
         "finetune(gpt2(torch.float64), examples(11), recipe, Path(sys.argv[1]), anchor=examples(3, 5), weights=range(11))\n"
+        f"recipe = {dataclasses.replace(SHARED, surgery='pcgrad')!r}\n"
+        "model = gpt2(torch.float64, dropout=0.2)\n"
+        "finetune(model, examples(11), recipe, Path(sys.argv[1] + '-dropout'), anchor=examples(3, 5))\n"
+        "weights = torch.cat([p.detach().flatten() for p in model.parameters()])\n"
+        "torch.save(weights, sys.argv[1] + f'-weights-{torch.distributed.get_rank()}')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     ran = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True)
@@ -396,6 +441,8 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     assert both.losses == pytest.approx(alone.losses, rel=1e-5)
     assert (both.conflicts, both.tokens) == (alone.conflicts, alone.tokens)
     assert both.conflicts > 0
+    first, second = (torch.load(tmp_path / f"two-weights-{rank}", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first, second)  # though each process drops other units
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradsieve.compare.config import BASE, FULL, Config, View
+from gradsieve.compare.config import BASE, FULL, RANDOM, Config, View
 from gradsieve.errors import InvalidArgument
 
 
@@ -36,7 +36,8 @@ def plan_cells(config: Config) -> list[Cell]:
     """Returns the cells in the order they are run.
 
     The untouched model first, because others are measured against it; then seed by seed, so that whatever is finished when a
-    run is cut short compares all arms; within a seed view by view, the baselines before the methods.
+    run is cut short compares all arms; within a seed view by view, the baselines before the methods. Chance is tried at every
+    budget that any arm has.
     """
     cells = [Cell(BASE)]
     for seed in config.seeds:
@@ -47,7 +48,7 @@ def plan_cells(config: Config) -> list[Cell]:
                 cells.append(Cell(arm.name, None, seed, view))
             for budget in budgets(config):
                 for arm in others:
-                    if arm.chooses and budget in (arm.budgets or config.budgets):
+                    if arm.name == RANDOM or (arm.chooses and budget in (arm.budgets or config.budgets)):
                         cells.append(Cell(arm.name, budget, seed, view))
     return cells
 

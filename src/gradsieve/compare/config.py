@@ -9,7 +9,7 @@ tests:
   math: {role: general, files: math.jsonl}
 arms:                              base, full and random are added where they are missing
   ogs-static:                      the arm's name is its method's, unless it says otherwise
-  ogs-filter: {method: ogs-static, settings: {form: filter, draw: utility}, budgets: [5%]}
+  ogs-filter: {method: ogs-static, settings: {form: filter, draw: utility}, budgets: [10%]}   random has its budgets too
   pcgrad: {method: random, recipe: {…}}
 budgets: [5%, 20%]
 seeds: [0, 1, 2]
@@ -18,7 +18,7 @@ steps: 60                          of the view equal_steps; as many as `full` ta
 recipe: {…}                        fields of gradsieve.train.Recipe
 gradients: {…}                     fields of gradsieve.Job: dim, params, batch_tokens, …
 max_length: 256
-metrics: [loss, key_loss, key_accuracy, kl]
+metrics: [loss, key_loss, key_accuracy, kl, choice]
 tasks:                             of lm-evaluation-harness, by their names there
   arc_easy: {role: general, limit: 100}
 out: comparison
@@ -50,6 +50,9 @@ Role = Literal["target", "general"]
 
 BASE, FULL, RANDOM = "base", "full", "random"
 """The arms that no comparison may lack: the untouched model, training on everything, and chance."""
+
+METRICS = ("loss", "key_loss", "key_accuracy", "kl", "choice")
+"""What is measured by default."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*(?:-[A-Za-z0-9_.+]+)*")
 SHARED = ("max_length", "dtype", "device", "format", "category_field", "chat_template", "trust_remote_code")
@@ -117,7 +120,7 @@ class Arm:
         name: Its name in tables and folders.
         method: `base`, `full`, a method of `gradsieve methods`, or package.module:Class.
         settings: The method's hyper-parameters.
-        budgets: Budgets of its own in place of the comparison's.
+        budgets: Budgets of its own in place of the comparison's; `random` has those of all arms besides.
         recipe: Training settings of its own: gradient surgery, replay.
         added: Whether it was added because no comparison may lack it.
     """
@@ -160,7 +163,7 @@ class Config:
         category_field: Field of an anchor's example that names its ability.
         chat_template: File with a Jinja chat template to use in place of the model's own.
         trust_remote_code: Let the tokenizer run code that comes with it.
-        metrics: What is measured on every test.
+        metrics: What is measured on every test whose kind has it.
         tasks: Of lm-evaluation-harness, by name.
         max_new_tokens: Where a generated text is cut off.
         keep_models: Keep each cell's adapters or weights when it is finished.
@@ -190,9 +193,9 @@ class Config:
     category_field: str = "category"
     chat_template: str | None = None
     trust_remote_code: bool = False
-    metrics: tuple[str, ...] = ("loss", "key_loss", "key_accuracy", "kl")
+    metrics: tuple[str, ...] = METRICS
     tasks: Mapping[str, TaskSettings] = field(default_factory=dict)
-    max_new_tokens: int = 48
+    max_new_tokens: int = 256
     keep_models: bool = False
     generations: int = 2
     near_duplicate: float = 0.8
@@ -308,6 +311,12 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
         raise DataError(f"{name}: {error}") from None
     for budget in {*config.budgets, *(budget for arm in config.arms for budget in arm.budgets)}:
         _checked(partial(Budget.parse, budget), f"{name}: budgets")
+    for arm in config.arms:
+        if "epochs" in arm.recipe and "equal_repetition" not in config.views:
+            raise DataError(
+                f"{name}: arms.{arm.name}.recipe.epochs must be left out in the view equal_steps, in which all arms take the "
+                f"same steps, got {arm.recipe['epochs']}; write views: [equal_repetition]"
+            )
     return _placed(config, data)
 
 
@@ -354,6 +363,11 @@ def _arm(name: str, values: object, where: str) -> Arm:
                 raise DataError(f"{where}.{key} must be left out for {method}, got {given[key]!r}")
     if method == BASE and ("recipe" in given or name != BASE):
         raise DataError(f"{where} must be named base and have no recipe: it is the untouched model")
+    if name in (FULL, RANDOM) and "recipe" in given:
+        raise DataError(
+            f"{where}.recipe must be left out: {name} is trained as the comparison's recipe says, got {given['recipe']!r}; "
+            f"name another arm {name}-…, with method: {name}"
+        )
     settings = mapping(given.get("settings"), f"{where}.settings")
     if method not in (BASE, FULL):
         settings = _settings(method, settings, where)
@@ -415,8 +429,18 @@ def _placed(config: Config, data: str | Path | None) -> Config:
                 f"{config.source}: tests.{name}.files must be the same for all seeds (items are paired), got {files[0]}"
             )
         tests[name] = dataclasses.replace(test, files=files)
-    roles = {role: tuple(place(file, role) for file in getattr(config, role)) for role in ("pool", "target", "anchor")}
-    return dataclasses.replace(config, tests=tests, model=place(config.model, "model"), **roles)  # type: ignore[arg-type]
+    tasks = {
+        name: dataclasses.replace(task, include_path=place(task.include_path, f"tasks.{name}.include_path"))
+        for name, task in config.tasks.items()
+        if task.include_path is not None
+    }
+    roles: dict[str, Any] = {
+        role: tuple(place(file, role) for file in getattr(config, role)) for role in ("pool", "target", "anchor")
+    }
+    single: dict[str, Any] = {
+        key: place(given, key) for key in ("model", "chat_template") if (given := getattr(config, key)) is not None
+    }
+    return dataclasses.replace(config, tests=tests, tasks={**config.tasks, **tasks}, **single, **roles)
 
 
 def _unique_keys() -> Any:

@@ -61,7 +61,7 @@ def pareto(summary: Summary, standings: Sequence[Standing]) -> str:
             _line(_x(x, f.low), py, _x(x, f.high), py, colour)
             + _line(px, _y(y, one.gain.low), px, _y(y, one.gain.high), colour)
         )
-        parts.append(_dot(px, py, colour, one.on_front, _described(one)))
+        parts.append(_dot(px, py, colour, bool(one.on_front), _described(one)))
         labels.append((px + 8, py - 6 if number % 2 == 0 else py + 14, one.label, colour))
     parts += [_text(px, py, text, colour) for px, py, text, colour in _apart(labels)]
     return _document(parts, "Gain against forgetting")

@@ -1,11 +1,17 @@
 """Leaks: examples that stand on two sides of a wall that a comparison rests on.
 
 Tests must share nothing with what is trained on or chosen by; the target and the anchor steer the choice, so the pool must not
-hold them. Three kinds:
+hold them. Four kinds:
 
     same      the conversation, word for word
     near      at least `threshold` of the word triples of both texts together are in both (Jaccard index, prompt and answer)
     answer    the same of the answers alone, where both have at least `SHORTEST` triples: a question asked in other words
+    prompt    all turns but the answer, word for word, where they have at least `ASKED` words and no other example of the other
+              side begins so: a question answered in other words. What several examples begin with is a form, not a question
+
+Case, punctuation, spaces and compatibility forms do not count. Not found: translations, other spellings (traditional for
+simplified characters, accents), and a test's text inside a much longer one. With the default of 0.8, a changed word costs three
+triples: of forty words one may differ, hardly two.
 
 Documents of tasks of lm-evaluation-harness count as tests where the task is a local YAML file, worded as the task words them:
 what a template adds to a short question makes it less like the bare one. A note names the tasks that were not looked at.
@@ -18,6 +24,7 @@ runs of letters, which find misspelt copies. A duplicate missed there is a waste
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,9 +37,10 @@ from gradsieve.data.texts import text_of, words
 from gradsieve.errors import InvalidArgument
 from gradsieve.types import Example
 
-Kind = Literal["same", "near", "answer"]
+Kind = Literal["same", "near", "answer", "prompt"]
 WORDS = 3
 SHORTEST = 12
+ASKED = 3
 _SHOWN = 8
 
 
@@ -42,7 +50,7 @@ class Leak:
 
     Attributes:
         kind: See the module.
-        similarity: Jaccard index, 1 for `same`.
+        similarity: Jaccard index, 1 for `same` and `prompt`.
         side: The set that would lose its example: `pool`, `target`, `anchor`.
         id: Of that example, and
         origin: where it stands.
@@ -61,8 +69,8 @@ class Leak:
     other_origin: str
 
     def __str__(self) -> str:
-        likeness = "the same as" if self.kind == "same" else f"{self.similarity:.0%} like"
-        what = "its answer is " if self.kind == "answer" else ""
+        likeness = f"{self.similarity:.0%} like" if self.kind in ("near", "answer") else "the same as"
+        what = {"answer": "its answer is ", "prompt": "its prompt is "}.get(self.kind, "")
         return (
             f"{self.side} {self.origin} ({self.id}): {what}{likeness} {self.other_side} {self.other_origin} ({self.other_id})"
         )
@@ -119,26 +127,28 @@ def triples(text: str) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What an example is compared by: the hash of its conversation, and the triples of all its turns and of its answer."""
+    """What an example is compared by: the hash of its conversation, the triples of its turns and of its answer, its prompt."""
 
     hash: str
     whole: frozenset[int]
     answer: frozenset[int]
+    prompt: tuple[str, ...]
 
     @classmethod
     def of(cls, example: Example) -> _Content:
-        answer = str(example.messages[-1].get("content") or "")
-        return cls(content_hash(example), triples(text_of(example)), triples(answer))
+        *asked, answer = [str(turn.get("content") or "") for turn in example.messages]
+        return cls(content_hash(example), triples(text_of(example)), triples(answer), tuple(words("\n".join(asked))))
 
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """One side by content hash and by word triple, of whole texts and of answers."""
+    """One side by content hash, by word triple of whole texts and of answers, and by the prompts that one example alone has."""
 
     examples: Sequence[Example]
     same: Mapping[str, int]
     whole: _Postings
     answers: _Postings
+    prompts: Mapping[tuple[str, ...], int]
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> _Index:
@@ -147,7 +157,9 @@ class _Index:
         for i, content in enumerate(contents):
             same.setdefault(content.hash, i)
         whole, answers = ([getattr(content, part) for content in contents] for part in ("whole", "answer"))
-        return cls(examples, same, _Postings.of(whole), _Postings.of(answers))
+        often = Counter(content.prompt for content in contents)
+        prompts = {c.prompt: i for i, c in enumerate(contents) if len(c.prompt) >= ASKED and often[c.prompt] == 1}
+        return cls(examples, same, _Postings.of(whole), _Postings.of(answers), prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,4 +213,7 @@ def _likest(content: _Content, index: _Index, threshold: float) -> tuple[Kind, i
     if near is not None and near[1] >= threshold:
         return "near", *near
     alone = index.answers.likest(content.answer, SHORTEST)
-    return ("answer", *alone) if alone is not None and alone[1] >= threshold else None
+    if alone is not None and alone[1] >= threshold:
+        return "answer", *alone
+    asked = index.prompts.get(content.prompt)
+    return None if asked is None else ("prompt", asked, 1.0)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import xxhash
 
-from gradsieve.compare.config import Config, TestFiles
+from gradsieve.compare.config import METRICS, Config, TestFiles
 from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
 from gradsieve.data import Tokens, TokenSet, content_hash, read_examples
 from gradsieve.data.template import read_template
 from gradsieve.demo import demo_general, demo_set, demo_test, is_demo
 from gradsieve.errors import DataError, InvalidArgument
-from gradsieve.evaluate import TestSet, task_documents
+from gradsieve.evaluate import TestSet, check_tasks, fits, task_digest, task_documents
 from gradsieve.models import ModelSource, find_model, resolve_device, resolve_dtype
 from gradsieve.types import Example
 
@@ -92,6 +92,7 @@ class Material:
         dtype: in which type.
         template: Text of the chat template that replaces the model's own.
         tests: The test sets.
+        tasks: A hash of each local task's file and documents; None of a stock task's.
         notes: Sentences the user must read.
     """
 
@@ -101,6 +102,7 @@ class Material:
     dtype: torch.dtype
     template: str | None
     tests: Sequence[TestSet]
+    tasks: Mapping[str, str | None]
     notes: list[str]
     _sides: dict[int, Sides]
     _trainable: dict[tuple[str, ...], Trainable] = field(default_factory=dict)
@@ -115,14 +117,13 @@ class Material:
         notes: list[str] = []
         tests = {name: read_test(config, name, test, notes) for name, test in config.tests.items()}
         seeds = config.seeds if config.data_per_seed else config.seeds[:1]
-        walls = {f"test {name}": examples for name, examples in tests.items()} | _task_sides(config, notes)
+        task_sides, tasks = _read_tasks(config, notes)
+        walls = {f"test {name}": examples for name, examples in tests.items()} | task_sides
         sides = {seed: _read_sides(config, seed, walls, drop_leaks, notes) for seed in seeds}
         sides = {seed: sides.get(seed, sides[seeds[0]]) for seed in config.seeds}
-        dropped = {seed: len(one.leaks) for seed, one in sides.items() if one.leaks}
+        dropped = [len({(leak.side, leak.id) for leak in one.leaks}) for one in sides.values() if one.leaks]
         if dropped:
-            notes.append(
-                f"examples that leaked were dropped ({max(dropped.values())} at most per seed); leaks.jsonl lists them"
-            )
+            notes.append(f"examples that leaked were dropped ({max(dropped)} at most per seed); leaks.jsonl lists them")
         source = find_model(config.model, trust_remote_code=config.trust_remote_code)
         device = resolve_device(config.device)
         template = read_template(config.chat_template)
@@ -135,7 +136,8 @@ class Material:
         for test in sets:
             if test.excluded:
                 notes.append(f"{len(test.excluded)} items of {test.name} cannot be used; the first: {test.excluded[0].reason}")
-        return cls(config, source, device, resolve_dtype(config.dtype, device), template, sets, notes, sides)
+        _check_metrics(config, sets)
+        return cls(config, source, device, resolve_dtype(config.dtype, device), template, sets, tasks, notes, sides)
 
     def sides(self, seed: int) -> Sides:
         """Returns a seed's examples."""
@@ -188,15 +190,47 @@ def tokens_digest(tokens: Sequence[Tokens]) -> str:
     return str(hasher.hexdigest())
 
 
-def _task_sides(config: Config, notes: list[str]) -> dict[str, list[Example]]:
-    """Returns the documents of the tasks in local YAML files as examples, for the search for leaks alone.
+def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
+    """Returns what is measured on a test: what it asks for, else those of the comparison's metrics that its kind has.
+
+    KL is not measured on a target test, unless it asks for it: learning the target moves a model away from its base there; that
+    is no forgetting, and KL costs a second forward pass.
+    """
+    given = config.metrics if test.role == "general" else tuple(metric for metric in config.metrics if metric != "kl")
+    return config.tests[test.name].metrics or tuple(metric for metric in given if fits(metric, test.kind))
+
+
+def _check_metrics(config: Config, tests: Sequence[TestSet]) -> None:
+    """Refuses metrics that a test, or any, cannot have, and tests that are left with none but KL, which is no gain."""
+    for test in tests:
+        for metric in config.tests[test.name].metrics:
+            if not fits(metric, test.kind):
+                raise InvalidArgument(
+                    f"{config.source}: tests.{test.name}.metrics must be of sets of kind {test.kind}, got {metric}; remove it"
+                )
+        if not {*metrics_of(config, test)} - {"kl"}:
+            raise InvalidArgument(
+                f"{config.source}: metrics must hold one that {test.name} (kind {test.kind}) has besides kl, got "
+                f"{', '.join(config.metrics)}; add loss"
+            )
+    for metric in config.metrics:
+        if metric not in METRICS and not any(fits(metric, test.kind) for test in tests):
+            kinds = ", ".join(f"{test.name} ({test.kind})" for test in tests)
+            raise InvalidArgument(f"{config.source}: metrics must each be of some test's kind, got {metric} for {kinds}")
+
+
+def _read_tasks(config: Config, notes: list[str]) -> tuple[dict[str, list[Example]], dict[str, str | None]]:
+    """Returns the documents of the tasks in local YAML files as examples, for the search for leaks alone, and a hash of each.
 
     Stock tasks would fetch their data; that they were not looked at is added to the notes.
     """
     sides: dict[str, list[Example]] = {}
+    digests: dict[str, str | None] = {}
     for name, task in config.tasks.items():
-        reason = "not of a local YAML file"
+        check_tasks([name], include_path=task.include_path)
+        reason, digests[name] = "not of a local YAML file", None
         if task.include_path is not None:
+            digests[name] = task_digest(name, include_path=task.include_path, limit=task.limit)
             try:
                 sides[f"task {name}"] = [
                     Example(str(number), _turns(*texts), b"", f"document {number}")
@@ -206,7 +240,7 @@ def _task_sides(config: Config, notes: list[str]) -> dict[str, list[Example]]:
             except DataError as error:
                 reason = str(error)
         notes.append(f"the documents of the task {name} were not checked for leaks: {reason}")
-    return sides
+    return sides, digests
 
 
 def _turns(prompt: str, answer: str) -> tuple[Mapping[str, str], ...]:

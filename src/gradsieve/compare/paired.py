@@ -69,7 +69,7 @@ class Paired:
 
     def has(self, test: str, metric: str) -> bool:
         """Says whether any item of a test has a value of a metric."""
-        values = self.base.values[test].get(metric)
+        values = self.base.values.get(test, {}).get(metric)
         return values is not None and not np.isnan(values).all()
 
     def values(self, key: Key, seeds: Sequence[int], test: str, metric: str) -> Floats:
@@ -96,10 +96,12 @@ class Paired:
         """Returns by how much an arm is better than another on a test; None where they share no seed."""
         if not self.shared(key, other):
             return None
-        table = self._differences(key, other, test, metric)
+        table = self._differences(key, other, test, metric, self.shared(key, other))
         return estimate(table, *self._draws(table, test, metric))
 
-    def over_tests(self, key: Key, other: Key, role: str, metric: str) -> tuple[Estimate, Floats]:
+    def over_tests(
+        self, key: Key, other: Key, role: str, metric: str, seeds: Sequence[int] | None = None
+    ) -> tuple[Estimate, Floats]:
         """Returns by how much an arm is better than another, mean of a role's tests, and the same under every draw, [B].
 
         Args:
@@ -107,6 +109,7 @@ class Paired:
             other: The other; they must share a seed.
             role: Of the tests, of which those count that have the metric.
             metric: In which.
+            seeds: Of those that both have; all by default.
 
         Raises:
             DataError: No test of the role has the metric.
@@ -114,11 +117,12 @@ class Paired:
         tests = [test for test, own in self.roles.items() if own == role and self.has(test, metric)]
         if not tests:
             raise DataError(f"tests of role {role} must have the metric {metric}, got none that does; add it to their metrics")
-        tables = {test: self._differences(key, other, test, metric) for test in tests}
+        own = self.shared(key, other) if seeds is None else seeds
+        tables = {test: self._differences(key, other, test, metric, own) for test in tests}
         drawn = np.mean([replicates(table, *self._draws(table, test, metric)) for test, table in tables.items()], axis=0)
         mean = float(np.mean([table.mean() for table in tables.values()]))
         items = sum(table.shape[1] for table in tables.values())
-        return Estimate(mean, *interval(drawn), len(self.shared(key, other)), items), drawn
+        return Estimate(mean, *interval(drawn), len(own), items), drawn
 
     def _of(self, cell: Cell) -> Measurements:
         if cell not in self._measured:
@@ -126,9 +130,9 @@ class Paired:
             self._measured[cell] = found.measurements()
         return self._measured[cell]
 
-    def _differences(self, key: Key, other: Key, test: str, metric: str) -> Floats:
+    def _differences(self, key: Key, other: Key, test: str, metric: str, seeds: Sequence[int]) -> Floats:
         """D of the module, [S, I]."""
-        seeds, sign = self.shared(key, other), -1.0 if metric in LOWER_IS_BETTER else 1.0
+        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
         return sign * (self.values(key, seeds, test, metric) - self.values(other, seeds, test, metric))
 
     def _draws(self, table: Floats, test: str, metric: str) -> tuple[Draws, Floats]:

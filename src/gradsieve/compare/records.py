@@ -6,7 +6,8 @@ stores/KEY/                  gradients, one store for all methods and seeds with
            spent.json        what they cost; whole.json: of which data they are
 selections/NAME.json         what a method chose: ids, weights, notes, seconds; shared where nothing was random
 cells/CELL/selection.json    the same, of this cell
-           training/         a training run at work; removed at the end, but for the model with keep_models
+           training/         a training run at work; removed at the end, but for the model with keep_models, and what
+                             TensorBoard reads
            items.parquet     test, item, metric, value: one row per measurement
            generations.json  prompt, reference and answer of a few items
            result.json       everything else, written last: with it the cell is finished

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, only_cells, plan_cells
 from gradsieve.compare.config import BASE, Config
-from gradsieve.compare.material import Material, tokens_digest
+from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.page import write_reports
 from gradsieve.compare.records import (
     Finished,
@@ -34,18 +35,19 @@ from gradsieve.compare.records import (
     write_json,
     write_results,
 )
-from gradsieve.compare.speed import Speed, predicted
+from gradsieve.compare.speed import Speed, expected_examples, predicted
 from gradsieve.compare.stores import gradient_settings, method_settings, reads_store, selector
 from gradsieve.compare.subsets import Subset, subset
 from gradsieve.compare.team import Team
-from gradsieve.compare.training import Job, Outcome, clear, given_back, keep, make_job, metrics_of, train, work
+from gradsieve.compare.training import Job, Outcome, clear, given_back, keep, make_job, resolved_recipe, train, work
 from gradsieve.data import write_lines
-from gradsieve.errors import InvalidArgument
-from gradsieve.evaluate import KeptBase
+from gradsieve.errors import GradsieveError, InvalidArgument
+from gradsieve.evaluate import KeptBase, TestSet
 from gradsieve.models import tokenizer_hash
 from gradsieve.needs import reads_set
 from gradsieve.outputs import hardware, now, versions
-from gradsieve.train.checks import INCIDENTAL
+from gradsieve.train.checks import INCIDENTAL, check_precision, check_warmup, require_packages
+from gradsieve.train.plan import make_plan
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Comparison:
         material = Material.read(config, drop_leaks=drop_leaks)
         comparison = cls(config, Path(config.out), material, plan_cells(config))
         comparison._check_arms()
+        comparison._check_training()
         return comparison
 
     def _check_arms(self) -> None:
@@ -96,6 +99,20 @@ class Comparison:
             for role in ("target", "anchor"):
                 if any(reads_set(need, role) for need in needs) and not getattr(self.config, role):
                     raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
+
+    def _check_training(self) -> None:
+        """Refuses recipes that would fail in their cell; the first seed's stand for all."""
+        for cell in (cell for cell in self.cells if cell.arm != BASE and cell.seed == self.config.seeds[0]):
+            arm = self.config.arm(cell.arm)
+            try:
+                recipe = resolved_recipe(self.material, cell, arm)
+                if (recipe.surgery != "none" or recipe.replay_share > 0) and not self.config.anchor:
+                    raise InvalidArgument("anchor must be given for surgery and replay, got none")
+                require_packages(recipe)
+                check_precision({self.material.dtype}, recipe)
+                check_warmup(recipe, len(make_plan(recipe, expected_examples(self.material, cell), 1, 1)))
+            except GradsieveError as error:
+                raise type(error)(f"{self.config.source}: {cell.name}: {error}") from None
 
     def run(
         self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None, only: Sequence[str] = ()
@@ -241,11 +258,11 @@ class Comparison:
             "model": material.source.weights,
             "tokenizer": tokenizer_hash(material.source.tokenizer),
             "dtype": str(material.dtype).removeprefix("torch."),
-            "tests": {
-                test.name: {"items": tokens_digest(test.tokens), "kind": test.kind, "metrics": list(metrics_of(config, test))}
-                for test in material.tests
+            "tests": {test.name: _test_inputs(config, test) for test in material.tests},
+            "tasks": {
+                name: {**dataclasses.asdict(task), "data": material.tasks[name] or f"lm_eval {metadata.version('lm_eval')}"}
+                for name, task in config.tasks.items()
             },
-            "tasks": {name: dataclasses.asdict(task) for name, task in config.tasks.items()},
             "generations": [config.generations, config.max_new_tokens],
         }
 
@@ -313,6 +330,15 @@ class Comparison:
     def _write_selection(self, folder: Path, chosen: Subset | None) -> None:
         if chosen is not None:
             write_json(folder / "selection.json", {"ids": list(chosen.ids), "weights": list(chosen.weights)})
+
+
+def _test_inputs(config: Config, test: TestSet) -> dict[str, Any]:
+    """Returns all of a test that decides its numbers: of multiple choice the wrong options and the right one too."""
+    inputs = {"items": tokens_digest(test.tokens), "kind": test.kind, "metrics": list(metrics_of(config, test))}
+    if not test.options:
+        return inputs
+    options = [[tokens_digest(item.tokens), item.answer] for item in test.options]
+    return {**inputs, "options": xxhash.xxh3_128_hexdigest(json.dumps(options).encode())}
 
 
 def _means(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, float | None]]:

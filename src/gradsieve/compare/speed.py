@@ -58,17 +58,19 @@ def predicted(material: Material, cell: Cell, config: Config, speed: Speed) -> f
 def training_tokens(material: Material, cell: Cell, config: Config) -> int:
     """Returns about how many tokens a cell trains on: of examples of mean length, as many as the budget allows."""
     assert cell.seed is not None
-    trainable = material.trainable(cell.seed)
-    pool, by_length = trainable.pool, trainable.by_length
-    count = _count(cell, len(pool.ids), sum(pool.lengths) / len(pool.lengths))
+    by_length, count = material.trainable(cell.seed).by_length, expected_examples(material, cell)
     ids = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     return make_job(material, cell, config.arm(cell.arm), Subset(tuple(ids), (1.0,) * count)).trained_tokens
 
 
-def _count(cell: Cell, pool: int, mean: float) -> int:
+def expected_examples(material: Material, cell: Cell) -> int:
+    """Returns about how many examples a cell trains on: of tokens, as many examples of mean length."""
+    assert cell.seed is not None
+    lengths = material.trainable(cell.seed).pool.lengths
+    pool = len(lengths)
     if cell.budget is None:
         return pool
     budget = Budget.parse(cell.budget)
     if budget.tokens is not None:
-        return max(1, min(pool, round(budget.tokens / mean)))
+        return max(1, min(pool, round(budget.tokens * pool / sum(lengths))))
     return min(pool, budget.examples or max(1, int((budget.share or 1.0) * pool + 1e-9)))

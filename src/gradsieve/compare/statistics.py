@@ -19,7 +19,7 @@ ones 8 % (measured in the tests). The 2.5 % and 97.5 % quantiles of the stretche
 is known of seeds: the interval is that of the items, and whoever reads it must be told.
 
 A comparison is a **win** if its interval lies above 0, a **loss** if below, else a **tie**; all values are turned so that
-higher is better. With one seed it is **unjudged**.
+higher is better. Of fewer than three seeds it is **unjudged**: of one nothing is known of seeds, of two next to nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from gradsieve.errors import InvalidArgument
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["win", "tie", "loss", "unjudged"]
 LEVEL = 0.95
+JUDGED = 3
+"""Seeds that a judgement needs: of fewer, nothing is known of how runs differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class Estimate:
 
     @property
     def verdict(self) -> Verdict:
-        """Win, tie or loss of a difference in which higher is better."""
-        if self.seeds < 2:
+        """Win, tie or loss of a difference in which higher is better; unjudged of fewer than `JUDGED` seeds."""
+        if self.seeds < JUDGED:
             return "unjudged"
         return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
 

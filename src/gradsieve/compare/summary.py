@@ -21,7 +21,7 @@ import numpy as np
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.paired import Key, Paired
 from gradsieve.compare.records import Finished, read_json
-from gradsieve.compare.statistics import Estimate, Verdict, front, tally
+from gradsieve.compare.statistics import JUDGED, Estimate, Verdict, front, tally
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
 
@@ -69,8 +69,9 @@ class Standing:
         gain: On the target tests, higher is better.
         over_random: Gain beyond that of random at the same budget; None without it.
         forgetting: On the general tests, lower is better.
-        on_front: Whether no other arm of the view gains as much and forgets less, or gains more and forgets as little.
-        front_share: In which share of the draws that is so.
+        on_front: Whether no other arm of the view gains as much and forgets less, or gains more and forgets as little, by the
+            seeds that most arms have; None of an arm that has not all of them, or without general tests.
+        front_share: In which share of the draws that is so; NaN where `on_front` is None.
         verdicts: Wins, ties and losses over all tests and metrics, against random and full.
         examples: Chosen, mean over seeds.
         steps: Optimizer steps.
@@ -84,7 +85,7 @@ class Standing:
     gain: Estimate
     over_random: Estimate | None
     forgetting: Estimate | None
-    on_front: bool
+    on_front: bool | None
     front_share: float
     verdicts: Mapping[str, Mapping[Verdict, int]]
     examples: float
@@ -198,10 +199,14 @@ def summarise(
         raise DataError("the cell base must be finished before anything can be compared, got none; run gradsieve compare")
     roles = {name: test["role"] for name, test in (config["tests"] | config["tasks"]).items()}
     paired = Paired(finished, roles, resamples)
-    metrics = list(dict.fromkeys(metric for values in paired.base.values.values() for metric in values))
-    gain_metric = next(metric for metric in metrics if metric != "kl")
-    general = [test for test, role in roles.items() if role == "general"]
-    forgetting_metric = ("kl" if "kl" in metrics else gain_metric) if general else None
+    of_role = {
+        role: list(dict.fromkeys(m for test, own in roles.items() if own == role for m in paired.base.values.get(test, {})))
+        for role in ("target", "general")
+    }
+    gain_metric = next(metric for metric in of_role["target"] if metric != "kl")
+    forgetting_metric = next(
+        (metric for metric in ("kl", gain_metric, *of_role["general"]) if metric in of_role["general"]), None
+    )
     effects = [
         _effect(paired, key, test, metric)
         for key in paired.seeds
@@ -245,14 +250,9 @@ def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, fo
     base: Key = (BASE, None, view)
     gains = {key: paired.over_tests(key, base, "target", gain) for key in keys}
     losses = {key: paired.over_tests(key, base, "general", forgetting) for key in keys} if forgetting else {}
-    most = max(len(paired.seeds[key]) for key in keys)
-    whole = [key for key in keys if len(paired.seeds[key]) == most]
-    on_front = dict.fromkeys(keys, (False, math.nan))
+    on_front: dict[Key, tuple[bool | None, float]] = dict.fromkeys(keys, (None, math.nan))
     if forgetting:
-        points = np.array([[gains[key][0].mean, -losses[key][0].mean] for key in whole] + [[0.0, 0.0]])
-        drawn = np.stack([np.stack([gains[key][1], -losses[key][1]]) for key in whole] + [np.zeros((2, paired.resamples))])
-        once, often = front(points[:, 0], points[:, 1]), front(drawn[:, 0].T, drawn[:, 1].T).mean(0)
-        on_front |= {key: (bool(once[i]), float(often[i])) for i, key in enumerate(whole)}
+        on_front |= _front(paired, keys, base, gain, forgetting)
     return [
         _standing(
             paired,
@@ -263,6 +263,28 @@ def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, fo
         )
         for key in keys
     ]
+
+
+def _front(paired: Paired, keys: Sequence[Key], base: Key, gain: str, forgetting: str) -> dict[Key, tuple[bool | None, float]]:
+    """Returns which arms are on the front and in which share of the draws, of those that have the seeds it is judged by."""
+    seeds = front_seeds([paired.seeds[key] for key in keys])
+    whole = [key for key in keys if {*seeds} <= {*paired.seeds[key]}]
+    points, drawn = [np.zeros(2)], [np.zeros((2, paired.resamples))]
+    for key in whole:
+        gained, gains = paired.over_tests(key, base, "target", gain, seeds)
+        kept, keeping = paired.over_tests(key, base, "general", forgetting, seeds)
+        points.append(np.array([gained.mean, -kept.mean]))
+        drawn.append(np.stack([gains, -keeping]))
+    at, under = np.stack(points), np.stack(drawn)
+    once, often = front(at[:, 0], at[:, 1]), front(under[:, 0].T, under[:, 1].T).mean(0)
+    return {key: (bool(on), float(share)) for key, on, share in zip(whole, once[1:], often[1:], strict=True)}
+
+
+def front_seeds(of_arms: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Returns the seeds that the front is judged by: at least `JUDGED` where an arm has them, and those that most arms have."""
+    need = min(JUDGED, max(map(len, of_arms)))
+    enough = [seeds for seeds in of_arms if len(seeds) >= need]
+    return max(enough, key=lambda seeds: (sum({*seeds} <= {*others} for others in enough), len(seeds)))
 
 
 def _over_random(paired: Paired, key: Key, metric: str) -> Estimate | None:
@@ -300,7 +322,7 @@ def _standing(
     effects: Sequence[Effect],
     key: Key,
     found: tuple[Estimate, Estimate | None, Estimate | None],
-    on_front: tuple[bool, float],
+    on_front: tuple[bool | None, float],
 ) -> Standing:
     own = [effect for effect in effects if (effect.arm, effect.budget, effect.view) == key]
     records = [one.record for one in paired.finished if (one.cell.arm, one.cell.budget, one.cell.view) == key]
@@ -370,14 +392,18 @@ def _notes(
     notes = list(record["notes"])
     if missing:
         notes.append(f"{len(missing)} cells are not finished: what is said here is of the others")
-    seeds = {standing.seeds for standing in standings}
-    if seeds and min(seeds) < 2:
+    few = [standing for standing in standings if standing.seeds < JUDGED]
+    if few:
+        names = "all arms" if len(few) == len(standings) else ", ".join(dict.fromkeys(standing.label for standing in few))
         notes.append(
-            "with one seed nothing is known of how runs differ: its intervals are of items alone, and nothing is judged"
+            f"fewer than {JUDGED} seeds say too little of how runs differ: {names} not judged; run the seeds that are "
+            "missing, or name more"
         )
-    elif seeds and min(seeds) < 3:
-        notes.append("two seeds say little of how runs differ: intervals are wide; run at least three")
-    judged = [e for effect in effects for name in (RANDOM, FULL) if (e := effect.against[name]) is not None and e.seeds > 1]
+    if len({standing.seeds for standing in standings}) > 1:
+        notes.append("arms have different seeds: who is on the front is judged by those that most arms have")
+    judged = [
+        e for effect in effects for name in (RANDOM, FULL) if (e := effect.against[name]) is not None and e.seeds >= JUDGED
+    ]
     if judged:
         apart = sum(e.verdict in ("win", "loss") for e in judged)
         notes.append(

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ import xxhash
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, Arm, Config
-from gradsieve.compare.material import Material, tokens_digest
+from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.records import Values
 from gradsieve.compare.subsets import Subset
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import Generated, KeptBase, TaskResult, TestSet, harness, keep_base, measure
 from gradsieve.train import Recipe, Trained, finetune
-from gradsieve.train.finetune import CHECKPOINTS, MODEL
+from gradsieve.train.finetune import CHECKPOINTS, FINISHED, MODEL, STARTED
 from gradsieve.train.plan import make_plan
 
 
@@ -83,8 +84,6 @@ def make_job(material: Material, cell: Cell, arm: Arm, chosen: Subset | None) ->
     In the view `equal_steps` every arm takes the same number of full batches, whatever it chose; in `equal_repetition` every
     arm passes as often over what it chose, so that a small subset takes few steps.
 
-    Raises:
-        InvalidArgument: An arm needs an anchor and there is none, or it chose nothing.
     """
     if arm.method == BASE:
         return Job(None)
@@ -93,8 +92,6 @@ def make_job(material: Material, cell: Cell, arm: Arm, chosen: Subset | None) ->
     trainable = material.trainable(cell.seed)
     recipe = resolved_recipe(material, cell, arm)
     anchor = trainable.anchor.tokens if trainable.anchor else []
-    if (recipe.surgery != "none" or recipe.replay_share > 0) and not anchor:
-        raise InvalidArgument(f"{arm.name} needs an anchor (general examples), got none; name one in {material.config.source}")
     equal = len(set(chosen.weights)) <= 1
     return Job(
         recipe,
@@ -119,7 +116,7 @@ def resolved_recipe(material: Material, cell: Cell, arm: Arm) -> Recipe:
 
 def full_steps(config: Config, pool: int) -> int:
     """Returns the steps that training on the whole pool takes in the recipe's epochs."""
-    return len(make_plan(Recipe(**config.recipe), pool))
+    return len(make_plan(Recipe(**config.recipe), pool, 1, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +145,7 @@ def keep(model: Any, material: Material, progress: Progress = silent) -> KeptBas
 
 
 def train(model: Any, material: Material, job: Job, folder: Path, progress: Progress = silent) -> Trained:
-    """Trains a cell's model; a killed training in `folder` goes on."""
+    """Trains a cell's model; a killed training in `folder`, which lies in the cell's own, goes on."""
     assert job.recipe is not None
     on_cpu = material.device == "cpu"  # what a trainer would do on its own is to take the accelerator
     return finetune(
@@ -159,6 +156,7 @@ def train(model: Any, material: Material, job: Job, folder: Path, progress: Prog
         weights=job.weights,
         anchor=job.anchor,
         replay=job.replay,
+        name=folder.parent.name,
         progress=progress,
     )
 
@@ -213,7 +211,7 @@ def work(
 
 
 def clear(folder: Path, *, keep_model: bool) -> None:
-    """Removes what a finished training left: all of it, or all but the model.
+    """Removes what a finished training left: all of it but what TensorBoard reads, or all but that and the model.
 
     Nothing is removed where the checkpoints are gone: what is there then was kept.
     """
@@ -221,18 +219,11 @@ def clear(folder: Path, *, keep_model: bool) -> None:
         return
     if not keep_model:
         shutil.rmtree(folder / MODEL, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def metrics_of(config: Config, test: TestSet) -> tuple[str, ...]:
-    """Returns what is measured on a test: what it asks for, else the comparison's metrics, without KL on a target test.
-
-    Learning the target moves a model away from its base there; that is no forgetting, and KL costs a second forward pass.
-    """
-    own = config.tests[test.name].metrics
-    return own or tuple(metric for metric in config.metrics if metric != "kl" or test.role == "general")
+        for name in (STARTED, FINISHED):
+            (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _examine(model: Any, base: KeptBase | None, material: Material, facts: Mapping[str, Any], progress: Progress) -> Outcome:
@@ -302,9 +293,12 @@ def run_task(model: Any, name: str, material: Material, limit: int | None) -> Ta
         InvalidArgument: It gives no number per document.
     """
     task = material.config.tasks[name]
+    tokenizer = copy(material.source.tokenizer)
+    if material.template is not None:
+        tokenizer.chat_template = material.template
     found = harness(
         model,
-        material.source.tokenizer,
+        tokenizer,
         [name],
         include_path=task.include_path,
         limit=limit,

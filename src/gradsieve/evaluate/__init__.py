@@ -4,8 +4,8 @@ Losses, answer-bearing tokens, KL to the base model, multiple choice, generated 
 """
 
 from gradsieve.evaluate.generation import Generated
-from gradsieve.evaluate.harness import TaskResult, harness, task_documents
-from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, measure
+from gradsieve.evaluate.harness import TaskResult, check_tasks, harness, task_digest, task_documents
+from gradsieve.evaluate.measure import CHOICES, LOSSES, TEXTS, Metric, fits, measure
 from gradsieve.evaluate.network import KeptBase, keep_base
 from gradsieve.evaluate.sets import Options, Suite, TestSet
 
@@ -20,8 +20,11 @@ __all__ = [
     "Suite",
     "TaskResult",
     "TestSet",
+    "check_tasks",
+    "fits",
     "harness",
     "keep_base",
     "measure",
+    "task_digest",
     "task_documents",
 ]

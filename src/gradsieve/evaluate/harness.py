@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
@@ -73,8 +76,7 @@ def harness(
         DataError: A task's data are neither local nor within reach.
         MissingExtra: lm-eval is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
+    _require_package()
     if limit is not None and limit < 1:
         raise InvalidArgument(f"limit must be at least 1 document, got {limit}")
     manager = _task_manager(tasks, include_path)
@@ -112,20 +114,60 @@ def task_documents(name: str, *, include_path: str | Path | None = None, limit: 
         DataError: It is a group of tasks, or its data are neither local nor within reach, or not of texts.
         MissingExtra: lm-eval is not installed.
     """
+    task = _loaded(name, include_path)
+    try:
+        return [_texts(task, document) for document in islice(task.eval_docs, limit)]
+    except (LookupError, TypeError) as error:
+        raise DataError(f"{name}: prompts and answers must be texts, got {error!r}") from error
+
+
+def task_digest(name: str, *, include_path: str | Path | None = None, limit: int | None = None) -> str:
+    """Returns a hash of a task's YAML file and of the documents that it measures, from the first, with all their fields.
+
+    Raises:
+        InvalidArgument, DataError, MissingExtra: As `task_documents`.
+    """
+    task = _loaded(name, include_path)
+    hasher = xxhash.xxh3_128()
+    path = _task_manager([name], include_path).task_index[name].yaml_path
+    for text in (path.read_bytes() if path else b"", *(_plain(document) for document in islice(task.eval_docs, limit))):
+        hasher.update(len(text).to_bytes(8, "little") + text)
+    return str(hasher.hexdigest())
+
+
+def check_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None) -> None:
+    """Checks that lm-eval knows these tasks, without their data.
+
+    Raises:
+        InvalidArgument: It does not.
+        MissingExtra: lm-eval is not installed.
+    """
+    _require_package()
+    _task_manager(tasks, include_path)
+
+
+def _require_package() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
+
+
+def _loaded(name: str, include_path: str | Path | None) -> Any:
+    """Returns a task of lm-eval with its documents."""
+    _require_package()
     manager = _task_manager([name], include_path)
     try:
         with own_randomness():
             task = manager.load([name])["tasks"].get(name)
-            if task is None:
-                raise DataError(f"{name}: must be a single task, got a group; name its members")
-            return [_texts(task, document) for document in islice(task.eval_docs, limit)]
     except (ConnectionError, FileNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{name}: the data must be local or within reach, got: {reason}") from error
-    except (LookupError, TypeError) as error:
-        raise DataError(f"{name}: prompts and answers must be texts, got {error!r}") from error
+    if task is None:
+        raise DataError(f"{name}: must be a single task, got a group; name its members")
+    return task
+
+
+def _plain(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, default=str).encode()
 
 
 def _texts(task: Any, document: Any) -> tuple[str, str]:
@@ -141,22 +183,34 @@ def _texts(task: Any, document: Any) -> tuple[str, str]:
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     """Returns lm-eval's index of tasks; its own thousands are only read if the folder lacks a task."""
-    from lm_eval.tasks import TaskManager
-
     if not tasks:
         raise InvalidArgument("tasks must name at least one task, got none")
     if include_path is not None and not Path(include_path).is_dir():
         raise InvalidArgument(f"include_path must be a folder of task YAML files, got {include_path}")
-    folder = str(include_path) if include_path is not None else None
-    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
-    if manager is None or not {*tasks} <= {*manager.all_tasks}:
-        manager = TaskManager(include_path=folder, include_defaults=True)
+    manager = _stock_tasks() if include_path is None else _own_tasks(str(include_path), tasks)
     for task in tasks:
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks, n=3)
             cure = f"did you mean {' or '.join(close)}?" if close else "give the folder of its YAML by include_path"
             raise InvalidArgument(f"tasks must be known to lm-eval, got {task!r}; {cure}")
     return manager
+
+
+def _own_tasks(folder: str, tasks: Sequence[str]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if {*tasks} <= {*manager.all_tasks}:
+        return manager
+    return TaskManager(include_path=folder, include_defaults=True)
+
+
+@cache
+def _stock_tasks() -> Any:
+    """Returns lm-eval's own collection, which takes ten seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=True)
 
 
 def _result(found: Mapping[str, Any], name: str) -> TaskResult:

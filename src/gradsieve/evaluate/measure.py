@@ -48,6 +48,15 @@ TEXTS: tuple[Metric, ...] = ("bleu", "meteor", "rouge1", "rouge2", "rougeL", "ex
 Measured = dict[str, dict[str, Tensor]]
 
 
+def fits(metric: str, kind: str | None) -> bool:
+    """Says whether items of a kind (`TestSet.kind`) have a metric at all."""
+    if metric in CHOICES:
+        return kind == "choice"
+    if metric == "exact_number":
+        return kind == "worked"
+    return kind != "worked" or metric not in TEXTS or metric == "stopped"
+
+
 def measure(
     model: nn.Module,
     sets: Iterable[TestSet],
@@ -97,9 +106,9 @@ def measure(
         if wanted & {*LOSSES, "kl"}:
             values = score(test.tokens, base=base, kl="kl" in wanted, stage=f"evaluate {test.name}")
             found |= losses(values, marks(items, worked=test.kind == "worked"))
-        if wanted & {*CHOICES} and test.kind == "choice":
+        if any(fits(metric, test.kind) for metric in wanted & {*CHOICES}):
             found |= choices(test.options, score(_options(test), stage=f"choose {test.name}"))
-        if texts := wanted & {*TEXTS}:
+        if texts := {metric for metric in wanted & {*TEXTS} if fits(metric, test.kind)}:
             prompts = [item.prompt_ids for item in items]
             stop = stop_tokens(model, items, tokenizer)
             written = write(prompts, stop=stop, max_new_tokens=max_new_tokens, stage=f"generate {test.name}")
@@ -169,7 +178,8 @@ def text_scores(
     texts, references = [one.text for one in written], [item.last for item in items]
     found = {"stopped": torch.tensor([float(one.stopped) for one in written], dtype=torch.float64)}
     if worked:
-        return found | {"exact_number": exact_number(texts, ["" if item.cut else item.last for item in items])}
+        ended = [one.stopped for one in written]
+        return found | {"exact_number": exact_number(texts, ["" if item.cut else item.last for item in items], ended)}
     if "bleu" in wanted:
         found["bleu"] = bleu(texts, references)
     if "meteor" in wanted:

@@ -36,6 +36,9 @@ _LIBRARIES = {
     "rouge2": "rouge_score",
     "rougeL": "rouge_score",
 }
+# full-width digits, comma, stop and minus, and the minus of mathematics
+_PLAIN = {0xFF10 + digit: str(digit) for digit in range(10)} | {0xFF0C: ",", 0xFF0E: ".", 0xFF0D: "-", 0x2212: "-"}
+_SIGN_BEFORE_CURRENCY = re.compile(r"(?<![0-9])-\s?([$€£¥]) ?(?=[0-9.])")
 _PIECE = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 
 
@@ -83,14 +86,24 @@ def meteor(texts: Sequence[str], references: Sequence[str]) -> dict[str, Tensor]
         return {"meteor" if wordnet else "meteor_nosyn": _each(texts, references, score)}
 
 
-def exact_number(texts: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Returns whether each text's final number has the value of its reference's, float64 [items]; NaN without one there."""
+def exact_number(texts: Sequence[str], references: Sequence[str], ended: Sequence[bool] | None = None) -> Tensor:
+    """Returns whether each text's final number has the value of its reference's, float64 [items]; NaN without one there.
 
-    def score(text: str, right: str) -> float:
+    The number of a text that was cut off is not its final one, and counts as wrong, unless `####` stands before it and more
+    follows.
+
+    Args:
+        texts: The generated texts.
+        references: The right answers.
+        ended: Whether each text came to its end; all by default.
+    """
+
+    def score(text: str, right: str, ended: bool) -> float:
         wanted = _final_value(right)
-        return float("nan") if wanted is None else float(_final_value(text) == wanted)
+        return float("nan") if wanted is None else float(_final_value(text, ended=ended) == wanted)
 
-    return _each(texts, references, score)
+    whole = [True] * len(texts) if ended is None else ended
+    return torch.tensor([score(*one) for one in zip(texts, references, whole, strict=True)], dtype=torch.float64)
 
 
 def _each(texts: Sequence[str], references: Sequence[str], score: Callable[[str, str], float]) -> Tensor:
@@ -103,9 +116,13 @@ def _language(text: str) -> str:
     return "zh" if 2 * chinese > len(letters) else "13a"
 
 
-def _final_value(text: str) -> Decimal | None:
-    span = final_number(text)
-    return Decimal(text[slice(*span)].replace(",", "")) if span else None
+def _final_value(text: str, *, ended: bool = True) -> Decimal | None:
+    """Returns the value of a text's final number, however digits, commas and minus are written; None without one."""
+    plain = _SIGN_BEFORE_CURRENCY.sub(r"\1-", text.translate(_PLAIN))
+    span = final_number(plain)
+    if span is None or not (ended or ("####" in plain[: span[0]] and span[1] < len(plain))):
+        return None
+    return Decimal(plain[slice(*span)].replace(",", ""))
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,30 @@ def _check_model(model: nn.Module, recipe: Recipe) -> None:
         )
     if hasattr(model, "peft_config"):
         raise ModelError("the model must have no adapters, got some; call restore() of the run before")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if recipe.tuning == "full" and not dtypes <= {torch.float32, torch.float64}:
+    check_precision({p.dtype for p in model.parameters() if p.is_floating_point()}, recipe)
+
+
+def check_precision(weights: Collection[torch.dtype], recipe: Recipe) -> None:
+    """Checks that weights of these types can be trained by a recipe.
+
+    Raises:
+        ModelError: All of them are to be trained, and small updates would vanish.
+    """
+    if recipe.tuning == "full" and not {*weights} <= {torch.float32, torch.float64}:
         raise ModelError(
-            f"full tuning needs float32 weights (small updates vanish in {', '.join(sorted(map(str, dtypes)))}); "
-            "load the model in float32, and compute in bfloat16 by dtype: bfloat16"
+            f"full tuning needs float32 weights (small updates vanish in {', '.join(sorted(map(str, weights)))}); "
+            "load the model in float32 (a comparison's dtype: float32), and compute in bfloat16 by the recipe's dtype: bfloat16"
         )
+
+
+def check_warmup(recipe: Recipe, steps: int) -> None:
+    """Checks that the rate's warm-up leaves a step at the full rate.
+
+    Raises:
+        InvalidArgument: It does not.
+    """
+    if math.ceil(recipe.warmup * steps) >= steps:
+        raise InvalidArgument(f"warmup must leave a step at the full rate, got {recipe.warmup:g} of {steps} steps; set it to 0")
 
 
 def _scaled(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -3,15 +3,16 @@
 out/training.json        recipe and fingerprint of the run, written first
 out/checkpoints/         checkpoint-STEP/: weights, optimizer, schedule, random states; whole once they hold spent.json
 out/model/               the adapters (lora) or the whole model (full), safetensors
+out/tensorboard/         what TensorBoard reads, if report_to names it and $TENSORBOARD_LOGGING_DIR no other place
 out/trained.json         numbers of the finished run, written last: with it, the same call only loads the model
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from gradsieve.clock import Progress, silent
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
 from gradsieve.foreign import known_renames, own_randomness
-from gradsieve.train.checks import check, deciding, fingerprint, require_packages
+from gradsieve.train.checks import check, check_warmup, deciding, fingerprint, require_packages
 from gradsieve.train.lending import Before
 from gradsieve.train.plan import Step, epoch_ends, make_plan
 from gradsieve.train.recipe import Recipe
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from gradsieve.train.trainer import PlannedTrainer, Watch
 
-STARTED, FINISHED, CHECKPOINTS, MODEL = "training.json", "trained.json", "checkpoints", "model"
+STARTED, FINISHED, CHECKPOINTS, MODEL, LOGS = "training.json", "trained.json", "checkpoints", "model", "tensorboard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ def finetune(
     weights: Sequence[float] | None = None,
     anchor: Sequence[Tokens] = (),
     replay: Sequence[Tokens] = (),
+    name: str = "",
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> Trained:
@@ -123,6 +125,7 @@ def finetune(
         weights: At least 0, one per example; all equal by default.
         anchor: Examples whose gradient the surgery protects.
         replay: General examples of which `replay_share` of each batch is drawn.
+        name: What trackers call the run; by default as its folder is called.
         progress: Is told how many tokens are done.
         watch: Is shown the model before each step that is taken; it must leave it as it is.
 
@@ -137,10 +140,7 @@ def finetune(
     transformers_logging.disable_progress_bar()
     scaled = check(model, tokens, recipe, weights, anchor, replay)
     plan = make_plan(recipe, len(tokens), len(replay), len(anchor))
-    if math.ceil(recipe.warmup * len(plan)) >= len(plan):
-        raise InvalidArgument(
-            f"warmup must leave a step at the full rate, got {recipe.warmup:g} of {len(plan)} steps; set it to 0"
-        )
+    check_warmup(recipe, len(plan))
     _claim(out, recipe, fingerprint(model, recipe, tokens, scaled, anchor, replay))
     before = Before.of(model)
     try:
@@ -148,7 +148,9 @@ def finetune(
             if (out / FINISHED).exists():
                 live, facts = _load(model, recipe, out)
             else:
-                live, facts = _train(model, _dataset(tokens, scaled, replay, anchor), plan, recipe, out, progress, watch)
+                data = _dataset(tokens, scaled, replay, anchor)
+                with _own_run(recipe):
+                    live, facts = _train(model, data, plan, recipe, out, name or out.resolve().name, progress, watch)
         return _trained(live, recipe, out, facts, before)
     except BaseException:
         before.restore()
@@ -161,6 +163,7 @@ def _train(
     plan: Sequence[Step],
     recipe: Recipe,
     out: Path,
+    name: str,
     progress: Progress,
     watch: Watch | None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +172,7 @@ def _train(
 
     before = last_checkpoint(out / CHECKPOINTS)
     spent = before[1] if before else Spent()
-    trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent, watch)
+    trainer = PlannedTrainer(model, data, plan, recipe, out / CHECKPOINTS, progress, spent, name, out / LOGS, watch)
     trainer.train(resume_from_checkpoint=str(before[0]) if before else None)
     trainer.save_model(str(out / MODEL))
     live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -179,6 +182,22 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return live, facts
+
+
+@contextmanager
+def _own_run(recipe: Recipe) -> Iterator[None]:
+    """Ends the run that wandb began for this training, so that the next gets one of its own; the caller's is left open."""
+    if "wandb" not in recipe.report_to:
+        yield
+        return
+    import wandb
+
+    theirs = wandb.run
+    try:
+        yield
+    finally:
+        if theirs is None and wandb.run is not None:
+            wandb.finish()
 
 
 def _claim(out: Path, recipe: Recipe, outcome: str) -> None:

@@ -73,6 +73,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         out: Path,
         progress: Progress,
         spent: Spent,
+        name: str,
+        logs: Path,
         watch: Watch | None = None,
     ) -> None:
         self.plan = plan
@@ -82,7 +84,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.lengths = [len(ids) for ids in data["input_ids"]]
         super().__init__(
             model=model,
-            args=_arguments(recipe, out, len(plan)),
+            args=_arguments(recipe, out, len(plan), name),
             train_dataset=data,
             processing_class=_no_tokenizer(),
             data_collator=_no_collator,
@@ -91,6 +93,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.processing_class = None  # some versions give its missing special tokens to the model
         self.remove_callback(PrinterCallback)
         self.add_callback(_Bookkeeper(self, progress))
+        for callback in self.callback_handler.callbacks:  # checkpoints, where it would write, are removed
+            if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+                callback.logging_dir = str(logs)
         if recipe.surgery != "none" and self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise InvalidArgument(
                 f"surgery must be none where weights are sharded ({self.accelerator.distributed_type.value}), "
@@ -174,7 +179,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _operate(self, model: nn.Module, anchors: Sequence[int]) -> None:
         """Puts the operated gradient in place of the step's."""
         started = self._now()
-        plain = self.accelerator.unwrap_model(model)  # no hooks: each process takes the whole anchor's gradient itself
+        plain = self.accelerator.unwrap_model(model)  # no hooks: the anchor's gradient is not this step's
         parameters = [p for p in plain.parameters() if p.requires_grad and p.grad is not None]
         gradient = [p.grad for p in parameters]
         anchor = self._gradient(plain, parameters, anchors)
@@ -184,16 +189,17 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.spent.surgery_seconds += self._now() - started
 
     def _gradient(self, model: nn.Module, parameters: Sequence[nn.Parameter], rows: Sequence[int]) -> list[Tensor]:
-        """Returns the mean gradient of these examples."""
+        """Returns the mean gradient of these examples, of which each process takes a share: the same to all, dropout or not."""
         total = [torch.zeros_like(p) for p in parameters]
-        for part in micro_batches(rows, self.lengths, self.recipe.micro_batch):
+        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        for part in micro_batches(own, self.lengths, self.recipe.micro_batch):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._batch(part)) / len(rows)
             for tensor, grad in zip(
                 total, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True), strict=True
             ):
                 tensor += grad
-        return total
+        return [self.accelerator.reduce(tensor) for tensor in total]
 
     def _now(self) -> float:
         if self.accelerator.device.type == "cuda":
@@ -281,9 +287,10 @@ def last_checkpoint(folder: Path) -> tuple[Path, Spent] | None:
     return None
 
 
-def _arguments(recipe: Recipe, out: Path, steps: int) -> SFTConfig:
+def _arguments(recipe: Recipe, out: Path, steps: int, name: str) -> SFTConfig:
     return SFTConfig(
         output_dir=str(out),
+        run_name=name,
         max_steps=steps,
         per_device_train_batch_size=1,  # one step of the plan
         gradient_accumulation_steps=1,
