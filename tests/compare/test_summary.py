@@ -332,10 +332,10 @@ def test_figures_are_documents_that_hold_every_arm(write: Write) -> None:
         texts = " ".join("".join(e.itertext()) for e in root.iter() if e.tag.endswith("text"))
         assert all(arm in texts for arm in TEACHES if not (name.startswith("overlap") and arm == "full"))
         width, height = map(float, root.attrib["viewBox"].split()[2:])
-        for circle in (e for e in root.iter() if e.tag.endswith("circle")):
-            assert 0 <= float(circle.attrib["cx"]) <= width
-            assert 0 <= float(circle.attrib["cy"]) <= height
-    points = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="\d"[^>]*><title>(\w+)', drawn["pareto-equal_steps"])
+        for x, y in re.findall(r"translate\((\S+) (\S+)\)", svg):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
+    points = re.findall(r'translate\(([\d.]+) ([\d.]+)\)"[^>]*><title>(\w+)', drawn["pareto-equal_steps"])
     places = {arm: (float(x), float(y)) for x, y, arm in points}
     assert places["good"][1] < places["random"][1] < places["bad"][1]  # more gain is higher up
     assert places["bad"][0] < places["good"][0] < places["random"][0] < places["full"][0]  # more forgetting is further right
@@ -353,7 +353,7 @@ def test_figures_by_budget_go_from_the_smallest_to_the_largest_and_stand_at_thei
         svg = figures(summary)[f"{name}-equal_steps"]
         ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+"[^>]*text-anchor="middle"[^>]*>(\d+%)<', svg)
         assert [budget for _, budget in sorted(ticks, key=lambda tick: float(tick[0]))] == ["5%", "10%", "50%"]
-        found = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5"[^>]*><title>(\w+) (\d+%): gain', svg)
+        found = re.findall(r'translate\(([\d.]+) ([\d.]+)\)"[^>]*><title>(\w+) (\d+%): gain', svg)
         points = {(arm, budget): (float(x), float(y)) for x, y, arm, budget in found}
         assert set(points) == {(arm, budget) for arm in TEACHES if arm != "full" for budget in ("5%", "10%", "50%")}
         values = {(one.arm, one.budget): getattr(one, what).mean for one in summary.standings if one.budget}

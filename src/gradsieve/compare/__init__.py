@@ -14,7 +14,7 @@ estimate      how long it will take
 statistics    paired bootstrap over items and seeds
 paired        differences between any two arms, with their intervals
 summary       what can be said: where each arm stands, who is better than whom
-page          the report: tables (CSV, Markdown), figures (SVG)
+page          the report: tables (CSV, Markdown), figures (SVG; labels: where those of points go), units (of metrics)
 command       the flags, and what is printed
 """
 

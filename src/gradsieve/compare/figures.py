@@ -6,96 +6,151 @@ No style sheet, no script, no request: everything is in attributes, so that a pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 import numpy as np
 
 from gradsieve.compare.config import BASE, FULL, RANDOM
+from gradsieve.compare.labels import place, width
 from gradsieve.compare.statistics import Estimate
 from gradsieve.compare.summary import Standing, Summary
+from gradsieve.compare.units import forgetting_words, gain_words
 from gradsieve.report.figures import Axis, axis
-from gradsieve.report.wording import visible
+from gradsieve.report.wording import duration, visible
 
-INK, RULE, ACCENT, QUIET = "#77716a", "#c9c3b6", "#2f7fc1", "#9a938a"
-COLOURS = ("#2f7fc1", "#c2611f", "#3d8f5f", "#a04f9d", "#9a7d1c", "#c04a4a", "#4a8f9a", "#7a6bc0", "#7d7d7d", "#b8658a")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 64, 52, 24, 16
+INK, RULE, ACCENT = "#77716a", "#c9c3b6", "#2f7fc1"
+COLOURS = ("#1f78b8", "#cf5a00", "#00916c", "#b8578f", "#8f7a00", "#7c6bd6")
+"""Of methods, from the palette of Okabe and Ito (2008) for all kinds of colour vision, darkened to be read on light paper."""
+
+SHAPES = ("circle", "square", "triangle", "diamond", "down", "star", "right")
+"""Of methods: 7 shapes and 6 colours taken in turn are 42 pairs."""
+
+_SHAPES = {
+    "circle": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z",
+    "square": "M-4.4-4.4H4.4V4.4H-4.4Z",
+    "triangle": "M0-5.6L5.4 4.4H-5.4Z",
+    "diamond": "M0-6.4L6.4 0L0 6.4L-6.4 0Z",
+    "down": "M0 5.6L5.4-4.4H-5.4Z",
+    "star": "M0-6.6L1.7-2.3L6.3-2L2.7.9L3.9 5.3L0 2.8L-3.9 5.3L-2.7.9L-6.3-2L-1.7-2.3Z",
+    "right": "M5.6 0L-4.4 5.4V-5.4Z",
+    "hexagon": "M-6 0L-3-5.2H3L6 0L3 5.2H-3Z",
+    "plus": "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+    "cross": "M0-2.8L3.2-6L6-3.2L2.8 0L6 3.2L3.2 6L0 2.8L-3.2 6L-6 3.2L-2.8 0L-6-3.2L-3.2-6Z",
+}
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 440, 64, 52, 28, 16
 _FONT = 'font-family="system-ui, sans-serif"'
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an arm is drawn, in all figures alike."""
+
+    colour: str
+    shape: str
+
+
+BASELINES = {BASE: Look(INK, "hexagon"), FULL: Look(INK, "plus"), RANDOM: Look(INK, "cross")}
 
 
 def figures(summary: Summary) -> dict[str, str]:
     """Returns every figure as an SVG document, by the name of its file without `.svg`."""
     made: dict[str, str] = {}
+    look = looks([one.arm for one in summary.standings])
+    gain, metric = gain_words(summary.gain_metric), summary.forgetting_metric
     for view in summary.views():
         own = [standing for standing in summary.standings if standing.view == view]
-        if summary.forgetting_metric:
-            made[f"pareto-{view}"] = pareto(summary, own)
+        if metric:
+            made[f"pareto-{view}"] = pareto(own, look, gain, forgetting_words(metric))
         if any(one.budget for one in own):
-            made[f"gain-{view}"] = by_budget(own, "gain", f"gain in {summary.gain_metric}")
-            if summary.forgetting_metric:
-                made[f"forgetting-{view}"] = by_budget(own, "forgetting", f"forgetting in {summary.forgetting_metric}")
+            made[f"gain-{view}"] = by_budget(own, look, "gain", gain)
+            if metric:
+                made[f"forgetting-{view}"] = by_budget(own, look, "forgetting", forgetting_words(metric))
         made[f"cost-{view}"] = costs(own)
     for budget, (names, rows) in summary.overlaps.items():
         if len(names) > 1:
-            made[f"overlap-{budget.replace('%', 'pct')}"] = overlaps(names, rows)
+            made[overlap_name(budget)] = overlaps(names, rows)
     return made
 
 
-def pareto(summary: Summary, standings: Sequence[Standing]) -> str:
+def overlap_name(budget: str) -> str:
+    """Returns the name of the figure of a budget's subsets."""
+    return f"overlap-{budget.replace('%', 'pct')}"
+
+
+def looks(arms: Sequence[str]) -> dict[str, Look]:
+    """Returns how each arm is drawn: methods differ in colour and shape, baselines are grey and differ in shape."""
+    methods = [arm for arm in dict.fromkeys(arms) if arm not in BASELINES]
+    return BASELINES | {arm: Look(COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, arm in enumerate(methods)}
+
+
+def pareto(standings: Sequence[Standing], look: Mapping[str, Look], above: str, below: str) -> str:
     """Returns gain against forgetting with both intervals; arms on the front are filled and joined by a line."""
     there = [(one, one.forgetting) for one in standings if one.forgetting is not None]
     x = _axis([v for _, f in there for v in (f.low, f.high)] + [0.0])
     y = _axis([v for one, _ in there for v in (one.gain.low, one.gain.high)] + [0.0])
-    parts = _frame(
-        x, y, f"forgetting: {summary.forgetting_metric} of general tests", f"gain: {summary.gain_metric} of target tests"
-    )
+    parts = _frame(x, y, below, above)
     front = sorted([(f.mean, one.gain.mean) for one, f in there if one.on_front] + [(0.0, 0.0)])
     line = " ".join(f"{_x(x, f):.1f},{_y(y, g):.1f}" for f, g in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="{ACCENT}" stroke-width="1.5" stroke-dasharray="5 4"/>')
-    parts.append(_dot(_x(x, 0), _y(y, 0), INK, True) + _text(_x(x, 0) + 8, _y(y, 0) + 14, BASE, INK))
-    labels = []
-    for number, (one, f) in enumerate(there):
-        colour = _colour(one.arm, standings)
+    points, texts, dots = [(_x(x, 0), _y(y, 0))], [BASE], [_mark(_x(x, 0), _y(y, 0), look[BASE], True)]
+    bars = _along([(_x(x, f), _y(y, g)) for f, g in front])
+    for one, f in there:
         px, py = _x(x, f.mean), _y(y, one.gain.mean)
-        parts.append(
-            _line(_x(x, f.low), py, _x(x, f.high), py, colour)
-            + _line(px, _y(y, one.gain.low), px, _y(y, one.gain.high), colour)
-        )
-        parts.append(_dot(px, py, colour, bool(one.on_front), _described(one)))
-        labels.append((px + 8, py - 6 if number % 2 == 0 else py + 14, one.label, colour))
-    parts += [_text(px, py, text, colour) for px, py, text, colour in _apart(labels)]
-    return _document(parts, "Gain against forgetting")
+        left, right, low, high = _x(x, f.low), _x(x, f.high), _y(y, one.gain.low), _y(y, one.gain.high)
+        colour = look[one.arm].colour
+        parts.append(_line(left, py, right, py, colour, faint=True) + _line(px, low, px, high, colour, faint=True))
+        bars += [(left, py - 1, right, py + 1), (px - 1, high, px + 1, low)]
+        dots.append(_mark(px, py, look[one.arm], bool(one.on_front), _described(one)))
+        points.append((px, py))
+        texts.append(one.label)
+    colours = [look[BASE].colour, *(look[one.arm].colour for one, _ in there)]
+    frame = (LEFT + 2, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    for found, text, colour in zip(place(points, texts, bars, frame), texts, colours, strict=True):
+        if found.leader:
+            parts.append(_line(*found.leader, colour, thin=True))
+        dots.append(_text(found.box[0], found.box[3] - 3, text, colour))
+    return _document([*parts, *dots], "Gain against forgetting")
 
 
-def by_budget(standings: Sequence[Standing], what: str, title: str) -> str:
-    """Returns a quantity over the budgets, one line per arm; full and the untouched model as levels."""
+def by_budget(standings: Sequence[Standing], look: Mapping[str, Look], what: str, title: str) -> str:
+    """Returns a quantity over the budgets, one line per arm; what has no budget is a level."""
     budgets = list(dict.fromkeys(one.budget for one in standings if one.budget))
     sizes = {b: float(np.mean([one.examples for one in standings if one.budget == b])) for b in budgets}
     budgets.sort(key=lambda b: sizes[b])
     values = {id(one): _of(one, what) for one in standings}
     found = [v for v in values.values() if v is not None]
     y = _axis([v for e in found for v in (e.low, e.high)] + [0.0])
-    slots = {b: LEFT + (i + 0.5) * (WIDTH - LEFT - RIGHT) / len(budgets) for i, b in enumerate(budgets)}
-    parts = _frame(None, y, "budget", title)
+    room = (WIDTH - LEFT - RIGHT) / len(budgets)
+    slots = {b: LEFT + (i + 0.5) * room for i, b in enumerate(budgets)}
+    parts = _frame(None, y, "budget: share of the pool, or examples", title)
     parts += [_text(slots[b], HEIGHT - BOTTOM + 18, b, INK, "middle") for b in budgets]
+    parts += [_line(slots[b] - room / 2, TOP, slots[b] - room / 2, HEIGHT - BOTTOM, RULE, thin=True) for b in budgets[1:]]
     arms = list(dict.fromkeys(one.arm for one in standings))
-    spread = min(10.0, (WIDTH - LEFT - RIGHT) / len(budgets) / (len(arms) + 2))
-    for place, arm in enumerate(arms):
+    of_budget = {b: [arm for arm in arms if any((one.arm, one.budget) == (arm, b) for one in standings)] for b in budgets}
+    for arm in arms:
         own = sorted((one for one in standings if one.arm == arm and one.budget), key=lambda one: sizes[one.budget or ""])
         level = next((one for one in standings if one.arm == arm and not one.budget), None)
-        colour = _colour(arm, standings)
+        colour = look[arm].colour
         if level is not None and (e := values[id(level)]) is not None:
             parts.append(_line(LEFT, _y(y, e.mean), WIDTH - RIGHT, _y(y, e.mean), colour, dash=True))
             parts.append(_text(WIDTH - RIGHT - 4, _y(y, e.mean) - 5, arm, colour, "end"))
-        shift = (place - (len(arms) - 1) / 2) * spread
-        points = [(slots[one.budget or ""] + shift, e, one) for one in own if (e := values[id(one)]) is not None]
+        points = []
+        for one in own:
+            beside = of_budget[one.budget or ""]
+            shift = (beside.index(arm) - (len(beside) - 1) / 2) * min(26.0, room / (len(beside) + 1))
+            if (e := values[id(one)]) is not None:
+                points.append((slots[one.budget or ""] + shift, e, one))
         path = " ".join(f"{px:.1f},{_y(y, e.mean):.1f}" for px, e, _ in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.2" stroke-opacity="0.5"/>')
         for px, e, one in points:
             parts.append(
-                _line(px, _y(y, e.low), px, _y(y, e.high), colour) + _dot(px, _y(y, e.mean), colour, True, _described(one))
+                _line(px, _y(y, e.low), px, _y(y, e.high), colour) + _mark(px, _y(y, e.mean), look[arm], True, _described(one))
             )
-    return _document([*parts, *_key(arms, standings)], title, extra=_key_height(arms))
+    marked = [arm for arm in arms if any(one.arm == arm and one.budget for one in standings)]
+    return _document([*parts, *_key(marked, look)], title, extra=_key_height(marked))
 
 
 def costs(standings: Sequence[Standing]) -> str:
@@ -107,7 +162,8 @@ def costs(standings: Sequence[Standing]) -> str:
         parts["train"] -= parts["surgery"]
         rows.append((one.label, {name: parts[name] for name in shades}))
     longest = max((sum(parts.values()) for _, parts in rows), default=1.0) or 1.0
-    left, high, wide = 150.0, 20.0, WIDTH - 210.0
+    left, high = _room([label for label, _ in rows]), 20.0
+    wide = WIDTH - 90.0 - left
     made = []
     for i, (label, parts) in enumerate(rows):
         at = left
@@ -121,7 +177,7 @@ def costs(standings: Sequence[Standing]) -> str:
                     f'<rect x="{at:.1f}" y="{top}" width="{width:.1f}" height="{high}" fill="{shades[name]}">{title}</rect>'
                 )
             at += width
-        made.append(_text(at + 6, top + 14, f"{sum(parts.values()):.0f} s", INK))
+        made.append(_text(at + 6, top + 14, duration(sum(parts.values())), INK))
     for i, (name, shade) in enumerate(shades.items()):
         made.append(
             f'<rect x="{left + i * 105}" y="8" width="10" height="10" fill="{shade}"/>'
@@ -132,7 +188,8 @@ def costs(standings: Sequence[Standing]) -> str:
 
 def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Returns the Jaccard index of every pair of subsets, darker where more is shared."""
-    left, cell = 150, max(26, min(46, (WIDTH - 160) // max(1, len(names))))
+    left = _room(names)
+    cell = max(26, min(46, int(WIDTH - left - 10) // max(1, len(names))))
     made = []
     for i, name in enumerate(names):
         made.append(_text(left - 8, 20 + (i + 0.62) * cell, name, INK, "end"))
@@ -204,36 +261,33 @@ def _frame(x: Axis | None, y: Axis, below: str, above: str) -> list[str]:
     return parts
 
 
-def _key(arms: Sequence[str], standings: Sequence[Standing]) -> list[str]:
+def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+    """Returns small boxes along the line through the points."""
+    steps = [(a, b, t) for a, b in pairwise(points) for t in np.linspace(0, 1, math.ceil(math.dist(a, b) / 16) + 1)]
+    middles = [(a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])) for a, b, t in steps]
+    return [(x - 1, y - 1, x + 1, y + 1) for x, y in middles]
+
+
+def _key(arms: Sequence[str], look: Mapping[str, Look]) -> list[str]:
+    columns = _key_columns(arms)
     parts = []
     for i, arm in enumerate(arms):
-        x, y = LEFT + (i % 4) * 160, HEIGHT + 8 + (i // 4) * 20
-        parts.append(_dot(x, y, _colour(arm, standings), True) + _text(x + 10, y + 4, arm, INK))
+        x, y = LEFT + 6 + (i % columns) * (WIDTH - LEFT) / columns, HEIGHT + 8 + (i // columns) * 20
+        parts.append(_mark(x, y, look[arm], True) + _text(x + 12, y + 4, arm, INK))
     return parts
 
 
 def _key_height(arms: Sequence[str]) -> int:
-    return 20 * math.ceil(len(arms) / 4) + 8
+    return 20 * math.ceil(len(arms) / _key_columns(arms)) + 8
 
 
-def _colour(arm: str, standings: Sequence[Standing]) -> str:
-    if arm in (FULL, RANDOM):
-        return {FULL: "#5d5850", RANDOM: QUIET}[arm]
-    arms = list(dict.fromkeys(one.arm for one in standings if one.arm not in (FULL, RANDOM)))
-    return COLOURS[arms.index(arm) % len(COLOURS)]
+def _key_columns(arms: Sequence[str]) -> int:
+    return max(1, min(4, int((WIDTH - LEFT) / (24 + max(map(width, arms), default=0)))))
 
 
-def _apart(labels: Sequence[tuple[float, float, str, str]]) -> list[tuple[float, float, str, str]]:
-    """Returns the labels moved down where one would lie on another."""
-    placed: list[tuple[float, float, str, str]] = []
-    for x, y, text, colour in sorted(labels, key=lambda label: (label[1], label[0])):
-        width = 6.5 * len(text)
-        if x + width > WIDTH - RIGHT:
-            x -= width + 16
-        while any(abs(y - other[1]) < 12 and x < other[0] + 6.5 * len(other[2]) and other[0] < x + width for other in placed):
-            y += 3
-        placed.append((x, y, text, colour))
-    return placed
+def _room(names: Sequence[str]) -> float:
+    """Returns how much the names of rows need on the left."""
+    return max(150.0, 16 + max(map(width, names), default=0.0))
 
 
 def _text(x: float, y: float, text: str, colour: str, anchor: str = "start", size: int = 12) -> str:
@@ -241,17 +295,20 @@ def _text(x: float, y: float, text: str, colour: str, anchor: str = "start", siz
     return f'<text x="{x:.1f}" y="{y:.1f}" {look}>{escape(visible(text))}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, *, thin: bool = False, dash: bool = False) -> str:
+def _line(
+    x1: float, y1: float, x2: float, y2: float, colour: str, *, thin: bool = False, dash: bool = False, faint: bool = False
+) -> str:
     dashes = ' stroke-dasharray="6 4"' if dash else ""
-    width, opacity = (1, 0.5) if thin else (1.5, 0.8)
+    wide, opacity = (0.8, 0.7) if thin else (1.3, 0.45) if faint else (1.5, 0.8)
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}"{dashes}/>'
+    return f'<line {ends} stroke="{colour}" stroke-width="{wide}" stroke-opacity="{opacity}"{dashes}/>'
 
 
-def _dot(x: float, y: float, colour: str, full: bool, title: str = "") -> str:
-    fill = f'fill="{colour}"' if full else f'fill="none" stroke="{colour}" stroke-width="2"'
+def _mark(x: float, y: float, look: Look, full: bool, title: str = "") -> str:
+    fill = look.colour if full else "none"
     inner = f"<title>{escape(visible(title))}</title>" if title else ""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if full else 4}" {fill}>{inner}</circle>'
+    drawn = f'd="{_SHAPES[look.shape]}" fill="{fill}" stroke="{look.colour}" stroke-width="1.6"'
+    return f'<path transform="translate({x:.1f} {y:.1f})" {drawn}>{inner}</path>'
 
 
 def _document(parts: Sequence[str], title: str, *, height: int = HEIGHT, extra: int = 0) -> str:

@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# C0 controls, DEL and C1 have no place in HTML; they are shown as their pictures, lone surrogates as U+FFFD.
+# C0 controls, DEL and C1 have no place in HTML; they are shown as their pictures, lone surrogates as U+FFFD,
+# and so are the two that no XML document may hold.
 _VISIBLE = {c: chr(0x2400 + c) for c in range(32) if c not in (9, 10, 13)} | {127: "␡"}
-_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "�")
+_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF], "�")
 
 
 @dataclass(frozen=True, slots=True)
