@@ -49,3 +49,11 @@ def test_a_figure_opens_by_itself(browser: Any, finished: Comparison) -> None:
         assert browser.complaints() == []
         assert browser.requests() == [path.as_uri()]
         assert browser.run("document.documentElement.tagName") == "svg"
+
+
+def test_the_standings_need_no_sideways_scrolling_at_1400(browser: Any, finished: Comparison) -> None:
+    browser.open(finished.study / "report.html", width=1400)
+    seen, needed = browser.run(
+        "(() => { const e = document.querySelector('.standings').parentElement; return [e.clientWidth, e.scrollWidth]; })()"
+    )
+    assert needed <= seen

@@ -49,7 +49,7 @@ def test_every_cell_leaves_its_files_and_nothing_else(finished: Comparison) -> N
     assert [record["cell"] for record in results(finished.study)] == names
     made = {path.name for path in finished.study.iterdir()}
     assert made == {"cells", "selections", "stores", "results.jsonl", "comparison.json"} | {
-        "report.html", "summary.md", "standings.csv", "effects.csv", "pairs.csv", "figures",
+        "report.html", "summary.md", "generations.md", "standings.csv", "effects.csv", "pairs.csv", "figures",
     }  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def test_tables_hold_the_numbers(write: Write) -> None:
     page = render(summary, {})
     assert page.count('<td class="n">2 s (surgery 0.2 s)</td>') == len(TEACHES)
     assert interval(standing(summary, "good").over_random, verdict=True) in text
-    assert "| good 10% | 40 | 5 |" in text
+    assert "| 40 | 5 | 4 s | 10 s |" in text
     assert "full added, because no comparison may lack them" in text
 
 

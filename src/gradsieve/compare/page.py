@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,24 @@ from markupsafe import Markup
 from gradsieve.atomic import write_atomically
 from gradsieve.compare.cells import plan_cells
 from gradsieve.compare.config import RANDOM, Config
-from gradsieve.compare.figures import figures
+from gradsieve.compare.figures import figures, overlap_name
+from gradsieve.compare.leaks import Leak
 from gradsieve.compare.records import read_finished, read_json
 from gradsieve.compare.summary import Pair, Standing, Summary, summarise
-from gradsieve.compare.tables import effects_csv, interval, markdown, pairs_csv, per_step, standings_csv, tally
+from gradsieve.compare.tables import (
+    SHOWN_LEAKS,
+    effects_csv,
+    generations,
+    interval,
+    leaks_words,
+    markdown,
+    pairs_csv,
+    per_step,
+    standings_csv,
+    tally,
+)
+from gradsieve.compare.units import forgetting_words, gain_words, with_unit
+from gradsieve.errors import DataError
 from gradsieve.report import wording
 from gradsieve.report.render import document, packaged
 
@@ -30,17 +45,20 @@ VIEWS = {
 def write_reports(config: Config) -> Summary:
     """Writes report.html, summary.md, standings.csv, effects.csv, pairs.csv and figures/, from the finished cells alone.
 
+    Where arms answered prompts there is generations.md too.
+
     Raises:
-        DataError: The untouched model's cell is not finished, or cells do not fit each other.
+        DataError: The untouched model's cell is not finished, cells do not fit each other, or leaks.jsonl cannot be read.
     """
     study, cells = Path(config.out), plan_cells(config)
     found = [read_finished(study, cell) for cell in cells]
     finished = [one for one in found if one is not None]
     missing = [cell.name for cell, one in zip(cells, found, strict=True) if one is None]
     summary = summarise(finished, read_json(study / "comparison.json"), missing, config.resamples)
-    drawn = figures(summary)
+    drawn, leaks, questions = figures(summary), _leaks(study / "leaks.jsonl"), _questions(summary)
     (study / "figures").mkdir(exist_ok=True)
-    files = {"report.html": render(summary, drawn), "summary.md": markdown(summary)}
+    files = {"report.html": render(summary, drawn, leaks), "summary.md": markdown(summary, list(drawn), leaks, bool(questions))}
+    files |= {"generations.md": generations(summary.name, questions)} if questions else {}
     files |= {"standings.csv": standings_csv(summary), "effects.csv": effects_csv(summary), "pairs.csv": pairs_csv(summary)}
     files |= {f"figures/{name}.svg": svg for name, svg in drawn.items()}
     for name, text in files.items():
@@ -48,8 +66,14 @@ def write_reports(config: Config) -> Summary:
     return summary
 
 
-def render(summary: Summary, drawn: Mapping[str, str]) -> str:
-    """Returns the page as one HTML document; the same summary gives the same text."""
+def render(summary: Summary, drawn: Mapping[str, str], leaks: Sequence[str] = ()) -> str:
+    """Returns the page as one HTML document; the same summary gives the same text.
+
+    Args:
+        summary: What is said.
+        drawn: Its figures.
+        leaks: The lines of leaks.jsonl, in words.
+    """
     values = {
         "s": summary,
         "figures": drawn,
@@ -58,10 +82,16 @@ def render(summary: Summary, drawn: Mapping[str, str]) -> str:
         "numbers": _numbers(summary),
         "view_words": VIEWS,
         "questions": _questions(summary),
+        "subsets": [(budget, name) for budget in summary.overlaps if (name := overlap_name(budget)) in drawn],
+        "leaks": leaks[:SHOWN_LEAKS],
+        "leaks_words": leaks_words(leaks),
+        "gain_words": gain_words(summary.gain_metric),
+        "forgetting_words": forgetting_words(summary.forgetting_metric) if summary.forgetting_metric else "",
         "settings": _settings(summary.record["config"]),
         "versions": [*summary.record["versions"].items(), *summary.record["hardware"].items()],
     }
     filters: dict[str, Callable[..., object]] = {"interval": interval, "tally": tally, "per_step": per_step, "safe_svg": Markup}
+    filters |= {"with_unit": with_unit}
     own = {name: packaged("gradsieve.compare", name) for name in ("page.html.j2", "page.css")}
     return document(own["page.html.j2"], values, filters, more_css=own["page.css"])
 
@@ -136,6 +166,17 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
         (f"{best.gain.mean:+.3f}".replace("-", "−") if best else "–", "largest gain", best.label if best else ""),
         (wording.duration(trained), "of training", f"and {wording.duration(examined)} of evaluation"),
     ]
+
+
+def _leaks(path: Path) -> list[str]:
+    """Returns each line of leaks.jsonl in words; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [str(Leak(**json.loads(line))) for line in lines if line.strip()]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: must have a leak a line, got {error}; remove it and run again") from None
 
 
 def _questions(summary: Summary) -> list[dict[str, Any]]:

@@ -1,17 +1,35 @@
-"""A summary as tables: CSV of every effect, Markdown of where each arm stands."""
+"""A summary as tables: CSV of every effect, Markdown of where each arm stands and of what it answers.
+
+Names, notes and answers come from data and configuration: in Markdown they are text, whatever they hold (`escaped`).
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.statistics import Estimate
 from gradsieve.compare.summary import Standing, Summary
-from gradsieve.report.wording import duration, joined
+from gradsieve.compare.units import forgetting_words, gain_words, unit, with_unit
+from gradsieve.report.wording import duration, joined, visible
 
 COMPARED = (BASE, RANDOM, FULL)
+PICTURES = {
+    "pareto": "Gain against forgetting",
+    "gain": "Gain by budget",
+    "forgetting": "Forgetting by budget",
+    "cost": "What a cell takes",
+    "overlap": "What subsets share",
+}
+"""What each kind of figure shows; its name begins with the kind."""
+
+SHOWN_LEAKS = 8
+_SPECIAL = {ord(c): f"\\{c}" for c in "\\`*[]|~#"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("$"): "&#36;"}
 
 
 def effects_csv(summary: Summary) -> str:
@@ -62,16 +80,75 @@ def standings_csv(summary: Summary) -> str:
     return out.getvalue()
 
 
-def markdown(summary: Summary) -> str:
-    """Returns where each arm stands, view by view, and what must be known."""
-    lines = [f"# {summary.name}", "", *_legend(summary), ""]
+def markdown(summary: Summary, drawn: Collection[str] = (), leaks: Sequence[str] = (), answers: bool = False) -> str:
+    """Returns where each arm stands, view by view, and what must be known.
+
+    Args:
+        summary: What is said.
+        drawn: Names of the figures beside it, which it shows.
+        leaks: The lines of the leaks.jsonl beside it, in words.
+        answers: Whether generations.md is beside it.
+    """
+    lines = [f"# {escaped(summary.name)}", "", *_legend(summary), ""]
     for view in summary.views():
-        lines += [f"## {view.replace('_', ' ').capitalize()}", "", *_standings(summary, view), "", *_dominations(summary, view)]
+        lines += [f"## {view.replace('_', ' ').capitalize()}", "", *_standings(summary, view), ""]
+        lines += _pictures([name for name in drawn if name.endswith(f"-{view}")])
+        lines += _dominations(summary, view)
         for metric in _metrics(summary):
-            lines += [f"### {metric}", "", *_effects(summary, view, metric), ""]
+            lines += [
+                f"### {escaped(metric)}{f', {unit(metric)}' if unit(metric) else ''}",
+                "",
+                *_effects(summary, view, metric),
+                "",
+            ]
+    overlaps = [name for name in drawn if name.startswith("overlap-")]
+    if overlaps:
+        lines += ["## What they chose", "", *_pictures(overlaps)]
+    if answers:
+        lines += ["## What they answer", "", "The same prompts, answered by every arm: [generations.md](generations.md).", ""]
+    if leaks:
+        lines += ["## Leaks", "", leaks_words(leaks) + " All are in [leaks.jsonl](leaks.jsonl).", ""]
+        lines += [*(f"- {escaped(leak)}" for leak in leaks[:SHOWN_LEAKS]), ""]
     if summary.notes:
-        lines += ["## Notes", "", *(f"- {note}" for note in summary.notes), ""]
+        lines += ["## Notes", "", *(f"- {escaped(note)}" for note in summary.notes), ""]
     return "\n".join(lines)
+
+
+def generations(name: str, questions: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the shown prompts, each with its reference and what every arm answered, as Markdown."""
+    said = "The same prompts, answered greedily by each arm's first model: to look at, not to judge by."
+    lines = [f"# What they answer: {escaped(name)}", "", said, ""]
+    for number, question in enumerate(questions, 1):
+        lines += [f"## Prompt {number}", "", *_quoted(question["prompt"]), ""]
+        for who, text in [("Reference", question["reference"]), *question["answers"]]:
+            lines += [f"**{escaped(who)}**", "", *_quoted(text or "(nothing)"), ""]
+    return "\n".join(lines)
+
+
+def leaks_words(leaks: Sequence[str]) -> str:
+    """Returns how many leaks there are, and how many of them are shown."""
+    more = f", of which {SHOWN_LEAKS} are shown" if len(leaks) > SHOWN_LEAKS else ""
+    what = "example was" if len(leaks) == 1 else "examples were"
+    return f"{len(leaks)} {what} found on both sides of a wall and dropped{more}."
+
+
+def escaped(text: str) -> str:
+    """Returns text as one line of Markdown that shows it, whatever it holds: no markup, no HTML, no control character."""
+    line = re.sub(r"\s*\n\s*", " ", visible(text).strip()).translate(_SPECIAL)
+    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", line)
+
+
+def _quoted(text: str) -> list[str]:
+    """Returns text as a quotation that keeps its lines."""
+    lines = visible(text).expandtabs(4).split("\n")
+    shown = ["&nbsp;" * (len(line) - len(line.lstrip())) + escaped(line) for line in lines]
+    breaks = ["\\" if one.strip() and next_one.strip() else "" for one, next_one in pairwise([*lines, ""])]
+    return [f"> {line}{ending}" for line, ending in zip(shown, breaks, strict=True)]
+
+
+def _pictures(drawn: Sequence[str]) -> list[str]:
+    return [line for name in drawn for line in (f"![{PICTURES[name.partition('-')[0]]}](figures/{name}.svg)", "")]
 
 
 def interval(found: Estimate | None, *, verdict: bool = False) -> str:
@@ -105,30 +182,38 @@ def tally(standing: Standing, other: str) -> str:
 
 def _legend(summary: Summary) -> list[str]:
     tests = {role: joined([t for t, own in summary.roles.items() if own == role]) for role in ("target", "general")}
-    lines = [f"Gain: {summary.gain_metric} of {tests['target']} against the untouched model, higher is better."]
+    lines = [f"{escaped(gain_words(summary.gain_metric))} (here {escaped(tests['target'])}); higher is better."]
     if summary.forgetting_metric:
-        lines.append(f"Forgetting: {summary.forgetting_metric} of {tests['general']}, lower is better.")
+        words = escaped(forgetting_words(summary.forgetting_metric))
+        lines.append(f"{words} (here {escaped(tests['general'])}); lower is better.")
     lines.append("Brackets: 95 % intervals over items and seeds. A tie is an interval that holds 0. Seconds are per cell.")
     return [" ".join(lines)]
 
 
 def _standings(summary: Summary, view: str) -> list[str]:
-    header = ["arm", "examples", "steps", "gain", "over random", "forgetting", "on the front"]
-    header += ["against random", "against full", "selecting", "training", "a step"]
+    gain, forgetting = summary.gain_metric, summary.forgetting_metric or ""
+    header = ["arm", with_unit("gain", gain), with_unit("over random", gain), "against random", "against full"]
+    header += [with_unit("forgetting", forgetting), "on the front", "examples", "steps", "selecting", "training", "a step"]
     rows = []
     for one in (one for one in summary.standings if one.view == view):
         front = "–" if one.front_share != one.front_share else f"{'yes' if one.on_front else 'no'} ({one.front_share:.0%})"
         selecting = one.seconds["gradients"] + one.seconds["select"]
         rows.append(
-            [one.label, f"{one.examples:.0f}", f"{one.steps:.0f}", interval(one.gain), interval(one.over_random, verdict=True)]
-            + [interval(one.forgetting), front, tally(one, RANDOM), tally(one, FULL)]
+            [
+                escaped(one.label),
+                interval(one.gain),
+                interval(one.over_random, verdict=True),
+                tally(one, RANDOM),
+                tally(one, FULL),
+            ]
+            + [interval(one.forgetting), front, f"{one.examples:.0f}", f"{one.steps:.0f}"]
             + [duration(selecting), duration(one.seconds["train"]), per_step(one)]
         )
     return _table(header, rows)
 
 
 def _dominations(summary: Summary, view: str) -> list[str]:
-    rows = [[one.arm, one.other, interval(one.gain), interval(one.keeping)] for one in summary.better(view)]
+    rows = [[escaped(one.arm), escaped(one.other), interval(one.gain), interval(one.keeping)] for one in summary.better(view)]
     if not rows:
         return []
     said = (
@@ -136,7 +221,9 @@ def _dominations(summary: Summary, view: str) -> list[str]:
         "without a difference one is expected here."
     )
     title = "### Better in gain or forgetting, and not worse in the other"
-    return [title, "", said, "", *_table(["arm", "than", "gains more by", "forgets less by"], rows), ""]
+    gain, forgetting = summary.gain_metric, summary.forgetting_metric or ""
+    header = ["arm", "than", with_unit("gains more by", gain), with_unit("forgets less by", forgetting)]
+    return [title, "", said, "", *_table(header, rows), ""]
 
 
 def _metrics(summary: Summary) -> list[str]:
@@ -146,7 +233,12 @@ def _metrics(summary: Summary) -> list[str]:
 def _effects(summary: Summary, view: str, metric: str) -> list[str]:
     own = [effect for effect in summary.effects if (effect.view, effect.metric) == (view, metric)]
     rows = [
-        [effect.label, effect.test, f"{effect.base:.4g} → {effect.mean:.4g}", interval(effect.against[BASE], verdict=True)]
+        [
+            escaped(effect.label),
+            escaped(effect.test),
+            f"{effect.base:.4g} → {effect.mean:.4g}",
+            interval(effect.against[BASE], verdict=True),
+        ]
         + [interval(effect.against[name], verdict=True) for name in (RANDOM, FULL)]
         for effect in own
     ]
@@ -154,5 +246,4 @@ def _effects(summary: Summary, view: str, metric: str) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    safe = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in safe)]
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
