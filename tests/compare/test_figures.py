@@ -106,6 +106,13 @@ def test_a_lone_label_stands_beside_its_point_without_a_line() -> None:
     assert wide[2] - wide[0] == 125
 
 
+def test_labels_keep_off_marks_without_bars_to_keep_them_off() -> None:
+    points = [(100.0 + 22 * i, 200.0 + 12 * j) for i in range(8) for j in range(3)]
+    for found in place(points, ["label"] * len(points), [], (0, 0, 720, 400)):
+        left, top, right, bottom = found.box
+        assert not any(left - DOT < x < right + DOT and top - DOT < y < bottom + DOT for x, y in points)
+
+
 def test_every_arm_is_drawn_differently_and_everywhere_alike() -> None:
     arms = ["base", "full", "random", *(f"m{i}" for i in range(40))]
     look = looks(arms)
