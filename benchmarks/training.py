@@ -35,6 +35,7 @@ WAYS = {
     "ours": {},
     "ours, A-GEM with as many anchor examples": {"surgery": "agem"},
     "ours, PCGrad with as many anchor examples": {"surgery": "pcgrad"},
+    "ours, a quarter of the batch replayed": {"replay_share": 0.25},
     "ours, bfloat16": {"dtype": "bfloat16"},
 }
 MICRO, STEPS = 8, 3
@@ -43,7 +44,7 @@ MICRO, STEPS = 8, 3
 def with_ours(model: Any, tokens: Sequence[Tokens], anchor: Sequence[Tokens], settings: dict[str, Any], out: Path) -> float:
     """Returns the processor seconds of the counted steps."""
     recipe = Recipe(
-        batch=len(tokens) // STEPS, micro_batch=MICRO, epochs=1, warmup=0.0, save_steps=STEPS + 1, device="cpu", **settings
+        batch=len(tokens) // STEPS, micro_batch=MICRO, steps=STEPS, warmup=0.0, save_steps=STEPS + 1, device="cpu", **settings
     )
     marks: list[float] = []
     finetune(
@@ -52,6 +53,7 @@ def with_ours(model: Any, tokens: Sequence[Tokens], anchor: Sequence[Tokens], se
         recipe,
         out,
         anchor=anchor if recipe.surgery != "none" else (),
+        replay=anchor if recipe.replay_share > 0 else (),
         progress=lambda *_: marks.append(time.process_time()),
     )
     return marks[-1] - marks[0]
