@@ -127,7 +127,7 @@ def by_budget(standings: Sequence[Standing], look: Mapping[str, Look], what: str
     slots = {b: LEFT + (i + 0.5) * room for i, b in enumerate(budgets)}
     parts = _frame(None, y, "budget: share of the pool, or examples", title)
     parts += [_text(slots[b], HEIGHT - BOTTOM + 18, b, INK, "middle") for b in budgets]
-    parts += [_line(slots[b] - room / 2, TOP, slots[b] - room / 2, HEIGHT - BOTTOM, RULE, thin=True) for b in budgets[1:]]
+    parts += [_line(slots[b] - room / 2, TOP, slots[b] - room / 2, HEIGHT - BOTTOM, RULE, faint=True) for b in budgets[1:]]
     arms = list(dict.fromkeys(one.arm for one in standings))
     of_budget = {b: [arm for arm in arms if any((one.arm, one.budget) == (arm, b) for one in standings)] for b in budgets}
     for arm in arms:
@@ -250,12 +250,12 @@ def _frame(x: Axis | None, y: Axis, below: str, above: str) -> list[str]:
     parts = []
     for value, text in zip(y.ticks, y.texts, strict=True):
         parts.append(
-            _line(LEFT, _y(y, value), WIDTH - RIGHT, _y(y, value), RULE, thin=True)
+            _line(LEFT, _y(y, value), WIDTH - RIGHT, _y(y, value), RULE, faint=True)
             + _text(LEFT - 8, _y(y, value) + 4, text, INK, "end")
         )
     if x is not None:
         for value, text in zip(x.ticks, x.texts, strict=True):
-            parts.append(_line(_x(x, value), TOP, _x(x, value), HEIGHT - BOTTOM, RULE, thin=True))
+            parts.append(_line(_x(x, value), TOP, _x(x, value), HEIGHT - BOTTOM, RULE, faint=True))
             parts.append(_text(_x(x, value), HEIGHT - BOTTOM + 18, text, INK, "middle"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 10, below, INK, "end") + _text(LEFT, 14, above, INK))
     return parts
@@ -299,7 +299,7 @@ def _line(
     x1: float, y1: float, x2: float, y2: float, colour: str, *, thin: bool = False, dash: bool = False, faint: bool = False
 ) -> str:
     dashes = ' stroke-dasharray="6 4"' if dash else ""
-    wide, opacity = (0.8, 0.7) if thin else (1.3, 0.45) if faint else (1.5, 0.8)
+    wide, opacity = (0.8, 0.7) if thin else (1.2, 0.45) if faint else (1.5, 0.8)
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{wide}" stroke-opacity="{opacity}"{dashes}/>'
 
