@@ -113,7 +113,7 @@ def lead(summary: Summary) -> str:
     """Returns the result in sentences."""
     judged = _judged(summary)
     if not judged:
-        return "A judgement needs a method besides the baselines and at least two seeds of it and of random."
+        return "A judgement needs a method besides the baselines and at least three seeds of it and of random."
     by = {kind: [name for name, verdict in judged.items() if verdict == kind] for kind in ("win", "tie", "loss")}
     tests = wording.joined([test for test, role in summary.roles.items() if role == "target"])
     parts = [
