@@ -60,6 +60,9 @@ def test_a_result_says_what_it_came_from_and_what_it_took(finished: Comparison) 
     assert record["selection"]["examples"] == 6
     assert record["inputs"]["model"] == finished.material.source.weights
     assert record["inputs"]["training"]["recipe"]["seed"] == 1
+    assert (record["config"]["max_length"], record["config"]["steps"], record["config"]["resamples"]) == (1024, 2, 200)
+    assert (record["config"]["source"], record["config"]["limits"]) == ("small.yaml", {"asked": None, "sums": 4})
+    assert str(finished.study.parent) not in json.dumps(record["config"])
     assert record["selection"]["gradients"]["dim"] == 256
     assert record["selection"]["data"] == finished.material.sides(1).digest
     assert {"gradients", "select", "train", "evaluate", "generate"} == set(record["seconds"])

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,21 @@ def test_the_seed_decides_and_the_callers_random_states_stay(tmp_path: Path) -> 
     assert losses("a", 1) == losses("other", 1)
     assert losses("b", 2) != losses("c", 3)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # type: ignore[index]  # noqa: NPY002
+
+
+def test_the_anchors_gradient_is_part_of_what_surgery_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsieve.train.trainer import PlannedTrainer
+
+    taken = PlannedTrainer._gradient
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return taken(*arguments)
+
+    monkeypatch.setattr(PlannedTrainer, "_gradient", slow)
+    recipe = dataclasses.replace(PLAIN, surgery="agem", anchor_batch=2)
+    trained = finetune(llama(), examples(6), recipe, tmp_path, anchor=examples(3, 5))
+    assert 0.1 * trained.steps < trained.surgery_seconds < trained.seconds
 
 
 def test_what_tensorboard_reads_is_kept_beside_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

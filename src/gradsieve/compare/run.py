@@ -266,6 +266,15 @@ class Comparison:
             "generations": [config.generations, config.max_new_tokens],
         }
 
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """The comparison's own settings, without arms and places: what `inputs` has by its hash is here by its name."""
+        settings = dataclasses.asdict(self.config)
+        places = ("model", "pool", "target", "anchor", "tests", "tasks", "arms", "chat_template", "out")
+        limits = {name: test.limit for name, test in self.config.tests.items()}
+        kept = {name: value for name, value in settings.items() if name not in places}
+        return {**kept, "source": Path(self.config.source).name, "limits": limits}
+
     def _twin(self, cell: Cell, job: Job) -> Finished | None:
         """Returns a finished cell whose work was the same: a view or budget that makes no difference to it."""
         key = _digest(self._inputs(job))
@@ -315,6 +324,7 @@ class Comparison:
             "method": arm.method,
             "settings": method_settings(arm) if arm.chooses else {},
             "own_recipe": dict(arm.recipe),
+            "config": self._settings,
             "selection": None
             if chosen is None
             else {
