@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradsieve.compare import training
+from gradsieve.compare import material, training
 from gradsieve.compare.cells import Cell
 from gradsieve.compare.command import forecast_line
 from gradsieve.compare.config import Config, parse_config
@@ -87,8 +87,9 @@ def test_pools_with_the_same_references_share_a_store_unless_there_is_a_warm_up(
 def test_the_time_of_a_task_follows_from_few_of_its_documents(
     content: dict[str, Any], documents: int, limit: int | None, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(material, "check_tasks", lambda *_, **__: None)  # made-up tasks
     content["tasks"] = {"colours": {"limit": limit}}
-    material = Comparison.of(parse_config(content, "x.yaml")).material
+    made = Comparison.of(parse_config(content, "x.yaml")).material
     clock, asked = [0.0], []
 
     def harness(*_: Any, limit: int, **__: Any) -> dict[str, TaskResult]:
@@ -98,11 +99,12 @@ def test_the_time_of_a_task_follows_from_few_of_its_documents(
 
     monkeypatch.setattr(training, "harness", harness)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert estimate._task_seconds(None, "colours", material) == pytest.approx(expected)
+    assert estimate._task_seconds(None, "colours", made) == pytest.approx(expected)
     assert max(asked) == 9
 
 
 def test_a_forecast_counts_the_time_of_tasks(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(material, "check_tasks", lambda *_, **__: None)  # made-up tasks
     plain = Comparison.of(parse_config(content, "x.yaml"))
     tasks = Comparison.of(parse_config(content | {"tasks": {"colours": {}, "shapes": {}}}, "x.yaml"))
     monkeypatch.setattr(estimate, "_task_seconds", lambda *_: 1000.0)
