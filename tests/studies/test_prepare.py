@@ -106,6 +106,15 @@ def test_nothing_stands_on_two_sides(data: Path) -> None:
     assert "medicine.train-2" not in {row["id"] for row in read(data / "medicine" / "target.jsonl")}
 
 
+def test_a_question_that_is_asked_behind_a_wall_goes_after_the_draws_and_no_earlier() -> None:
+    drawn, wall = rows("pool", 6), rows("test", 6)
+    drawn[2]["prompt"] = wall[4]["prompt"]
+    walls = {"test": wall, "anchor": [wall[4]]}  # on two walls, and alone on each
+    assert prepare.apart(drawn, walls) == drawn
+    assert prepare.unasked(drawn, walls) == [*drawn[:2], *drawn[3:]]
+    assert prepare.unasked(prepare.apart([wall[0], drawn[0]], walls), walls) == [drawn[0]]
+
+
 def test_faults_are_what_they_say(data: Path) -> None:
     sources = {r["id"]: r for name in ("law", "medicine", "finance", "math") for r in rows(f"{name}.train", 130)}
     for row in read(data / "law" / "pool-0.jsonl"):
