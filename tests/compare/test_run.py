@@ -329,6 +329,9 @@ def test_examples_that_leak_are_refused_or_dropped_and_listed(content: dict[str,
     listed = [json.loads(text) for text in (comparison.study / "leaks.jsonl").read_text().splitlines()]
     assert [(leak["id"], leak["kind"]) for leak in listed] == [("stolen", "same")]
     assert any("leaks.jsonl" in note for note in comparison.material.notes)
+    pool.write_text("".join(pool.read_text().splitlines(keepends=True)[:-1]))
+    Comparison.of(config).run(minutes=0)
+    assert not (comparison.study / "leaks.jsonl").exists()
 
 
 def test_what_is_chosen_is_trained_in_its_order_with_its_weights_where_all_is_computed(

@@ -227,9 +227,10 @@ def _read_tasks(config: Config, notes: list[str]) -> tuple[dict[str, list[Exampl
     sides: dict[str, list[Example]] = {}
     digests: dict[str, str | None] = {}
     for name, task in config.tasks.items():
-        check_tasks([name], include_path=task.include_path)
         reason, digests[name] = "not of a local YAML file", None
-        if task.include_path is not None:
+        if task.include_path is None:
+            check_tasks([name])
+        else:
             digests[name] = task_digest(name, include_path=task.include_path, limit=task.limit)
             try:
                 sides[f"task {name}"] = [

@@ -228,6 +228,7 @@ class Comparison:
         }
         write_json(self.study / "comparison.json", record)
         leaks = self.material.leaks()
+        (self.study / "leaks.jsonl").unlink(missing_ok=True)  # of a run before the files were mended
         if leaks:
             lines = (json.dumps(dataclasses.asdict(leak), ensure_ascii=False).encode() for leak in leaks)
             write_lines(self.study / "leaks.jsonl", lines)

@@ -21,9 +21,12 @@ import numpy as np
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.paired import Key, Paired
 from gradsieve.compare.records import Finished, read_json
-from gradsieve.compare.statistics import JUDGED, Estimate, Verdict, front, tally
+from gradsieve.compare.statistics import JUDGED, Estimate, Floats, Verdict, front, tally
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
+
+Over = Mapping[Key, tuple[Estimate, Floats]]
+"""By how much each arm is better than the untouched model, and the same under every draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +255,7 @@ def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, fo
     losses = {key: paired.over_tests(key, base, "general", forgetting) for key in keys} if forgetting else {}
     on_front: dict[Key, tuple[bool | None, float]] = dict.fromkeys(keys, (None, math.nan))
     if forgetting:
-        on_front |= _front(paired, keys, base, gain, forgetting)
+        on_front |= _front(paired, gains, losses, base, gain, forgetting)
     return [
         _standing(
             paired,
@@ -265,14 +268,19 @@ def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, fo
     ]
 
 
-def _front(paired: Paired, keys: Sequence[Key], base: Key, gain: str, forgetting: str) -> dict[Key, tuple[bool | None, float]]:
+def _front(
+    paired: Paired, of_gain: Over, of_keeping: Over, base: Key, gain: str, forgetting: str
+) -> dict[Key, tuple[bool | None, float]]:
     """Returns which arms are on the front and in which share of the draws, of those that have the seeds it is judged by."""
-    seeds = front_seeds([paired.seeds[key] for key in keys])
-    whole = [key for key in keys if {*seeds} <= {*paired.seeds[key]}]
+    seeds = front_seeds([paired.seeds[key] for key in of_gain])
+    whole = [key for key in of_gain if {*seeds} <= {*paired.seeds[key]}]
     points, drawn = [np.zeros(2)], [np.zeros((2, paired.resamples))]
     for key in whole:
-        gained, gains = paired.over_tests(key, base, "target", gain, seeds)
-        kept, keeping = paired.over_tests(key, base, "general", forgetting, seeds)
+        gained, gains = of_gain[key]
+        kept, keeping = of_keeping[key]
+        if {*seeds} != {*paired.seeds[key]}:  # those of its own seeds are of others too
+            gained, gains = paired.over_tests(key, base, "target", gain, seeds)
+            kept, keeping = paired.over_tests(key, base, "general", forgetting, seeds)
         points.append(np.array([gained.mean, -kept.mean]))
         drawn.append(np.stack([gains, -keeping]))
     at, under = np.stack(points), np.stack(drawn)

@@ -293,8 +293,9 @@ def run_task(model: Any, name: str, material: Material, limit: int | None) -> Ta
         InvalidArgument: It gives no number per document.
     """
     task = material.config.tasks[name]
-    tokenizer = copy(material.source.tokenizer)
+    tokenizer = material.source.tokenizer
     if material.template is not None:
+        tokenizer = copy(tokenizer)
         tokenizer.chat_template = material.template
     found = harness(
         model,

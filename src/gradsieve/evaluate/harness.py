@@ -114,7 +114,7 @@ def task_documents(name: str, *, include_path: str | Path | None = None, limit: 
         DataError: It is a group of tasks, or its data are neither local nor within reach, or not of texts.
         MissingExtra: lm-eval is not installed.
     """
-    task = _loaded(name, include_path)
+    task, _ = _loaded(name, include_path)
     try:
         return [_texts(task, document) for document in islice(task.eval_docs, limit)]
     except (LookupError, TypeError) as error:
@@ -127,23 +127,22 @@ def task_digest(name: str, *, include_path: str | Path | None = None, limit: int
     Raises:
         InvalidArgument, DataError, MissingExtra: As `task_documents`.
     """
-    task = _loaded(name, include_path)
+    task, path = _loaded(name, include_path)
     hasher = xxhash.xxh3_128()
-    path = _task_manager([name], include_path).task_index[name].yaml_path
     for text in (path.read_bytes() if path else b"", *(_plain(document) for document in islice(task.eval_docs, limit))):
         hasher.update(len(text).to_bytes(8, "little") + text)
     return str(hasher.hexdigest())
 
 
-def check_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None) -> None:
-    """Checks that lm-eval knows these tasks, without their data.
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Checks that lm-eval's own collection has these tasks, without their data.
 
     Raises:
         InvalidArgument: It does not.
         MissingExtra: lm-eval is not installed.
     """
     _require_package()
-    _task_manager(tasks, include_path)
+    _task_manager(tasks, None)
 
 
 def _require_package() -> None:
@@ -151,8 +150,8 @@ def _require_package() -> None:
         raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
 
 
-def _loaded(name: str, include_path: str | Path | None) -> Any:
-    """Returns a task of lm-eval with its documents."""
+def _loaded(name: str, include_path: str | Path | None) -> tuple[Any, Path | None]:
+    """Returns a task of lm-eval with its documents, and its YAML file."""
     _require_package()
     manager = _task_manager([name], include_path)
     try:
@@ -163,7 +162,7 @@ def _loaded(name: str, include_path: str | Path | None) -> Any:
         raise DataError(f"{name}: the data must be local or within reach, got: {reason}") from error
     if task is None:
         raise DataError(f"{name}: must be a single task, got a group; name its members")
-    return task
+    return task, manager.task_index[name].yaml_path
 
 
 def _plain(document: Any) -> bytes:

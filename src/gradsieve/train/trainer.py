@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from gradsieve.atomic import write_json
@@ -94,7 +95,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.add_callback(_Bookkeeper(self, progress))
         for callback in self.callback_handler.callbacks:  # checkpoints, where it would write, are removed
-            if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(logs)
         if recipe.surgery != "none" and self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise InvalidArgument(
