@@ -248,7 +248,8 @@ def test_a_navigator_counts_until_its_choice_is_made(content: dict[str, Any], mo
     monkeypatch.setattr(LoRANavigator, "close", lambda self: (spent.append(self), self._before.restore()))
     expected = navigator_passes_left(comparison.study, comparison.material, comparison.cells)
     comparison.chosen(Cell("ogs", "50%", 0, "equal_steps"))
-    *_, navigator = spent  # the first only went with the gradients
+    filling, navigator = spent
+    assert not filling.trained_tokens  # it only went with the gradients
     half = comparison.material.trainable(0).anchor
     assert half is not None
     held = sum(sum(part.lengths) for part in split_anchor(half)[1:])

@@ -158,8 +158,11 @@ def ask(
     progress: Progress,
     pool: Sequence[Example] | None = None,
 ) -> Result:
-    """Asks a method for its choice from the seed's pool, or from `pool`, all of which is then taken as it is."""
-    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off"})
+    """Asks a method for its choice from the seed's pool, or only fills the store with `pool`, all of it as it is.
+
+    No Navigator is warmed up for the latter: it would train for nothing.
+    """
+    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
     data = _data(material, seed) | ({} if pool is None else {"pool": pool})
     return select(method, **data, budget=budget, store=str(store), progress=progress, **settings)
 
