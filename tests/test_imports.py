@@ -34,6 +34,7 @@ ALLOWED = {
     "online": BASE | {"data", "gradients", "store", "compute", "extraction", "train"},
     "warmup": BASE | {"atomic", "clock", "data", "gradients", "store", "models", "compute", "extraction", "train", "online"},
     "needs": BASE,
+    "views": BASE | {"data", "store"},
     "terminal": BASE | {"report", "demo_run"},
     "job": BASE | {"data", "models", "compute"},
     "inputs": BASE | {"data", "demo", "job", "needs"},
@@ -57,6 +58,7 @@ ALLOWED = {
         "selectors",
         "store",
         "train",
+        "views",
         "warmup",
     },
     "pipeline": BASE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gradsieve.evaluate.completion import Completion
 from gradsieve.evaluate.keys import marks
 from gradsieve.evaluate.likelihood import likelihood
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
-from gradsieve.types import Cost
+from gradsieve.types import Budget, Cost
 
 
 def split_anchor(anchor: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -79,6 +79,29 @@ def make_navigator(
         return _mean(domain.nll, domain.row, torch.ones_like(domain.right)), _mean(values, general.row, which)
 
     return LoRANavigator(model, candidates, measure, settings)
+
+
+CountPasses = Callable[[float, float, float], float]
+"""(tokens of the chosen, of the target, of the held-out anchor) → token passes of training and measuring a Navigator"""
+
+
+def navigator_passes(
+    passes: CountPasses, pool: TokenSet, target: TokenSet, held_out: TokenSet, budget: Budget, warmup: int
+) -> float:
+    """Returns what a Navigator is trained and measured on, its warm-up included, in token passes (`gradsieve.overhead`).
+
+    Args:
+        passes: The method's count.
+        pool: Of whose mean length an episode's examples are taken to be.
+        target: Examples of the wanted ability.
+        held_out: General examples that no reference was made of.
+        budget: How much an episode chooses.
+        warmup: Steps before the first episode.
+    """
+    mean = sum(pool.lengths) / len(pool.lengths)
+    episode = budget.tokens or mean * (budget.examples or (budget.share or 1.0) * len(pool.lengths))
+    before = mean * warmup * min(NavigatorSettings().warmup_batch, len(pool.lengths))
+    return passes(episode, sum(target.lengths), sum(held_out.lengths)) + before
 
 
 def _mean(values: Tensor, row: Tensor, which: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -49,6 +49,51 @@ class UnitMean:
 
 
 Source = TokenSet | Contrast | UnitMean
+
+
+def reference_sources(
+    needs: Collection[str], sets: Mapping[str, TokenSet], contrast_of: Callable[[TokenSet], Contrast]
+) -> dict[str, Source]:
+    """Returns the sets behind every reference that a method reads; `*` stands for all that can be made.
+
+    A target's contrast is measured beside the anchor's: it finds wrong answers of the domain itself.
+
+    Args:
+        needs: Of the method (`gradsieve.types.Selector`).
+        sets: The usable examples by role: `target`, `anchor`.
+        contrast_of: Makes the contrast of a set.
+
+    Raises:
+        InvalidArgument: A set has fewer than 2 usable examples.
+    """
+    found: dict[str, Source] = {}
+    if "dot/target" in needs:
+        found["target"] = sets["target"]
+    if "dot/anchor" in needs:
+        found["anchor"] = sets["anchor"]
+    if "dot/unit/anchor" in needs:
+        found["unit/anchor"] = UnitMean(sets["anchor"])
+    by_category = any("anchor:" in need or need == "dot/contrast/*" for need in needs)
+    parts = _categories(sets["anchor"]) if by_category and "anchor" in sets else {}
+    for category, part in parts.items():
+        if "dot/anchor:*" in needs:
+            found[f"anchor:{category}"] = part
+        if {"dot/contrast/anchor:*", "dot/contrast/*"} & set(needs):
+            found[f"contrast/anchor:{category}"] = contrast_of(part)
+    if "target" in sets and any(need.startswith("dot/contrast/") for need in needs):
+        found["contrast/target"] = contrast_of(sets["target"])
+    for source in found.values():
+        if isinstance(source, TokenSet):
+            source.require_usable(2)
+    return found
+
+
+def _categories(anchor: TokenSet) -> dict[str, TokenSet]:
+    labels = [anchor.examples[i].category or "general" for i in anchor.kept]
+    return {
+        label: anchor.restricted(f"anchor:{label}", [i for i, own in enumerate(labels) if own == label])
+        for label in sorted(set(labels))
+    }
 
 
 def contrast(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,13 @@ from gradsieve.check import Compared
 from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress
 from gradsieve.compute import ComputeSettings, form_note, with_form
-from gradsieve.data import Excluded, TokenSet, row_fields
+from gradsieve.data import Excluded, TokenSet
 from gradsieve.data.corrupt import Corruption, corrupt
 from gradsieve.data.dedup import check_dedup, find_duplicates
 from gradsieve.data.template import read_template
-from gradsieve.data.texts import bm25_scores, embeddings
+from gradsieve.data.texts import embeddings
 from gradsieve.demo import cache_dir
-from gradsieve.errors import DataError, InvalidArgument, StoreMismatch
+from gradsieve.errors import InvalidArgument, StoreMismatch
 from gradsieve.extraction import fill, for_store, manifest, plan, reusable
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.forward import ForwardEngine
@@ -34,24 +33,25 @@ from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.inputs import Inputs, read_inputs
 from gradsieve.job import Data, Job
 from gradsieve.models import ModelSource, dtype_name, find_model, resolve_device, resolve_dtype, weight_count
-from gradsieve.navigation import make_navigator, split_anchor
+from gradsieve.navigation import CountPasses, make_navigator, navigator_passes, split_anchor
 from gradsieve.needs import reads_gradients, reads_model
 from gradsieve.overhead import Overhead, overhead
 from gradsieve.references import (
     Contrast,
     Source,
-    UnitMean,
     contrast,
     gradient_tokens,
     measure_references,
     read_facts,
     read_halves,
+    reference_sources,
     write_facts,
 )
 from gradsieve.selectors.ranking import split_half
-from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
+from gradsieve.store import GradientStore
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
-from gradsieve.types import ArrayGradients, Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.types import Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.views import example_columns, finite_view, group_column, target_groups, without_gradients
 from gradsieve.warmup import Stop, part_of, require_training, stops_of, training_passes
 
 DEFAULT_BATCH = 1024  # tokens
@@ -97,19 +97,13 @@ class Run:
             return {}
         return self._passes(self._reference_sources(self.source, self.compute, template))
 
-    def navigator_work(self, passes: Callable[[float, float, float], float] | None) -> dict[str, float]:
-        """Returns what a method would train and measure its Navigator on, in token passes; nothing without one.
-
-        Args:
-            passes: The method's count, by the tokens of the chosen, of the target and of the held-out anchor.
-        """
+    def navigator_work(self, passes: CountPasses | None) -> dict[str, float]:
+        """Returns what a method would train and measure its Navigator on, in token passes; nothing without one."""
         if passes is None or self.held_out is None:
             return {}
-        lengths, budget = self.sets["pool"].lengths, Budget.parse(self.job.budget)
-        mean = sum(lengths) / len(lengths)
-        episode = budget.tokens or mean * (budget.examples or (budget.share or 1.0) * len(lengths))
-        warmup = mean * self.job.navigator_warmup * min(NavigatorSettings().warmup_batch, len(lengths))
-        return {"navigator": passes(episode, sum(self.sets["target"].lengths), sum(self.held_out.lengths)) + warmup}
+        pool, target, job = self.sets["pool"], self.sets["target"], self.job
+        budget = Budget.parse(job.budget)
+        return {"navigator": navigator_passes(passes, pool, target, self.held_out, budget, job.navigator_warmup)}
 
     def _prepare(self, data: Mapping[str, Data], model: Any, tokenizer: Any) -> str | None:
         """Reads and checks everything but the model's weights; returns the chat template that replaces the model's own."""
@@ -219,30 +213,15 @@ class Run:
 
     # -- what needs no model ---------------------------------------------------------------------------------------
 
-    def _columns(self, tokens: TokenSet) -> dict[str, torch.Tensor]:
-        """The pool's columns that do not come with its gradients: numbers it has, matches of words, answers alone."""
-        numbers = sorted(need for need in self.needs if need.startswith("meta/"))
-        columns = {need.removesuffix("?"): self._numbers(tokens, need) for need in numbers}
-        if "bm25/target" in self.needs:
-            target = self.sets["target"]
-            with self.clock.stage("words"):
-                wanted = [target.examples[i] for i in target.kept]
-                columns["bm25/target"] = bm25_scores([tokens.examples[i] for i in tokens.kept], wanted)
+    def _columns(self) -> dict[str, torch.Tensor]:
+        """The pool's columns that do not come with its gradients: of its texts, and the loss of answers alone."""
+        with ExitStack() as stack:
+            if "bm25/target" in self.needs:
+                stack.enter_context(self.clock.stage("words"))
+            columns = example_columns(self.needs, self.sets["pool"], self.sets.get("target"), self.name)
         if self.alone is not None:
             columns["loss/alone"] = self.alone
         return columns
-
-    def _numbers(self, tokens: TokenSet, need: str) -> torch.Tensor:
-        """A number that comes with the examples, `meta/FIELD`; of `meta/FIELD?` NaN where it is missing."""
-        field, may_miss, values = need.removeprefix("meta/").removesuffix("?"), need.endswith("?"), []
-        for example in (tokens.examples[i] for i in tokens.kept):
-            value = row_fields(example).get(field)
-            if value is None and may_miss:
-                value = math.nan
-            elif isinstance(value, bool) or not isinstance(value, int | float):
-                raise DataError(f"{example.origin}: field {field!r} must be a number for {self.name}, got {value!r}")
-            values.append(float(value))
-        return torch.tensor(values, dtype=torch.float64)
 
     def _without_model(self) -> Problem:
         """What a method may look at that needs no pass of the model."""
@@ -254,7 +233,7 @@ class Run:
             if role == "pool" or own:
                 tokens = self.sets[role]
                 extra = {name: self._embedded(tokens, name.removeprefix("embedding:")) for name in sorted(own)}
-                views[role] = _without_gradients(tokens, self._columns(tokens) if role == "pool" else {}, extra)
+                views[role] = without_gradients(tokens, self._columns() if role == "pool" else {}, extra)
         return Problem(views["pool"], views.get("target"))
 
     def _embedded(self, tokens: TokenSet, encoder: str) -> torch.Tensor:
@@ -320,7 +299,7 @@ class Run:
         if known and compute.engine.direction == "sgd" and len(stops) == 1:
             for name, rho in split_half(views["pool"], known).items():
                 shown[name] = dataclasses.replace(shown[name], split_half=rho)
-        groups = self._target_groups()
+        groups = target_groups(self.sets.get("target"))
         if "navigator" in self.needs:
             self.navigator = self._make_navigator(source.load(compute.dtype, compute.device), views["pool"])
         return Problem(
@@ -351,12 +330,6 @@ class Run:
             with stage as written, source.opened(own.dtype, own.device) as model, ForwardEngine(model, own.engine) as engine:
                 written.append(fill(store, tokens, units, engine, own, self.progress))
         return store.view(tokens.ids, tokens.keys).columns["loss"]
-
-    def _target_groups(self) -> list[str]:
-        """The abilities that the target's examples name, where there are at least two; those that name none are one more."""
-        target = self.sets.get("target")
-        named = {target.examples[i].category or "none" for i in target.kept} if target else set()
-        return sorted(named) if len(named) > 1 else []
 
     def _roles(self) -> list[str]:
         """The sets whose gradients are taken."""
@@ -462,40 +435,7 @@ class Run:
         return stacked.facts if stacked else {}
 
     def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
-        """The sets behind every reference that the method reads; `*` stands for all that can be made.
-
-        A target's contrast is measured beside the anchor's: it finds wrong answers of the domain itself.
-        """
-        found: dict[str, Source] = {}
-        needs = self.needs
-        if "dot/target" in needs:
-            found["target"] = self.sets["target"]
-        if "dot/anchor" in needs:
-            found["anchor"] = self.sets["anchor"]
-        if "dot/unit/anchor" in needs:
-            found["unit/anchor"] = UnitMean(self.sets["anchor"])
-        parts = self._categories() if any("anchor:" in need or need == "dot/contrast/*" for need in needs) else {}
-        for category, part in parts.items():
-            if "dot/anchor:*" in needs:
-                found[f"anchor:{category}"] = part
-            if needs & {"dot/contrast/anchor:*", "dot/contrast/*"}:
-                found[f"contrast/anchor:{category}"] = self._contrast(part, source, compute, template)
-        if "target" in self.sets and any(need.startswith("dot/contrast/") for need in needs):
-            found["contrast/target"] = self._contrast(self.sets["target"], source, compute, template)
-        for source_set in found.values():
-            if isinstance(source_set, TokenSet):
-                source_set.require_usable(2)
-        return found
-
-    def _categories(self) -> dict[str, TokenSet]:
-        anchor = self.sets.get("anchor")
-        if anchor is None:
-            return {}
-        labels = [anchor.examples[i].category or "general" for i in anchor.kept]
-        return {
-            label: anchor.restricted(f"anchor:{label}", [i for i, own in enumerate(labels) if own == label])
-            for label in sorted(set(labels))
-        }
+        return reference_sources(self.needs, self.sets, lambda part: self._contrast(part, source, compute, template))
 
     def _contrast(self, part: TokenSet, source: ModelSource, compute: ComputeSettings, template: str | None) -> Contrast:
         usable = [part.examples[i] for i in part.kept]
@@ -512,43 +452,19 @@ class Run:
         return made
 
     def _view(self, stores: Mapping[str, GradientStore], tokens: TokenSet, references: Collection[str]) -> Gradients:
-        """The rows that are finite at every checkpoint, with products of the references that were asked for.
-
-        A store may hold those of other runs too.
-        """
-        extra = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
-        extra |= self._columns(tokens) if tokens.name == "pool" else {}
-        if self.inputs.replayed and tokens.name == "pool":
-            extra["replay"] = torch.tensor([float(id in self.inputs.replayed) for id in tokens.ids], dtype=torch.float64)
-        if tokens.name == "target" and (groups := self._target_groups()):
-            own = [groups.index(tokens.examples[i].category or "none") for i in tokens.kept]
-            extra["group"] = torch.tensor(own, dtype=torch.float64)
-
-        def joined(ids: Sequence[str], keys: Sequence[bytes], own: Mapping[str, torch.Tensor]) -> Gradients:
-            views: dict[str, Gradients] = {}
-            for name, store in stores.items():
-                hidden = {f"dot/{name}" for name in store.manifest.settings["references"] if name not in references}
-                views[name] = store.view(ids, keys, own, hidden)
-            return next(iter(views.values())) if list(views) == ["base"] else CheckpointGradients(views)
-
-        whole = joined(tokens.ids, tokens.keys, extra)
-        finite = whole.finite if isinstance(whole, CheckpointGradients) else finite_rows(whole)
-        if finite.all():
-            return whole
-        rows = finite.nonzero()[:, 0].tolist()
-        if not rows:
-            raise InvalidArgument(f"the {tokens.name} must hold a finite gradient, got none; try --dtype float32")
-        if tokens.name != "pool":  # the pool's are in excluded.jsonl
-            self.notes.append(f"{len(whole.ids) - len(rows)} of the {tokens.name}'s gradients are not finite and were left out")
-        keep = [tokens.ids[row] for row in rows], [tokens.keys[row] for row in rows]
-        return joined(*keep, {name: column[finite] for name, column in extra.items()})
-
-
-def _without_gradients(tokens: TokenSet, columns: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]) -> Gradients:
-    """Returns the rows of a method that reads nothing of the model: ids, token counts, and what else is given."""
-    supervised = [int((t.labels[1:] >= 0).sum()) for t in tokens.tokens]
-    lengths = {"tokens": torch.tensor(tokens.lengths).double(), "completion_tokens": torch.tensor(supervised).double()}
-    return ArrayGradients(tokens.ids, torch.empty(len(tokens.ids), 0), {**lengths, **columns}, extra)
+        """The rows of a set that are finite, with its columns."""
+        columns = {"tokens": torch.tensor(tokens.lengths, dtype=torch.float64)}
+        if tokens.name == "pool":
+            columns |= self._columns()
+            if replayed := self.inputs.replayed:
+                columns["replay"] = torch.tensor([float(id in replayed) for id in tokens.ids], dtype=torch.float64)
+        elif tokens.name == "target" and (groups := target_groups(tokens)):
+            columns["group"] = group_column(tokens, groups)
+        view = finite_view(stores, tokens, columns, references)
+        missing = len(tokens.ids) - len(view.ids)
+        if missing and tokens.name != "pool":  # the pool's are in excluded.jsonl
+            self.notes.append(f"{missing} of the {tokens.name}'s gradients are not finite and were left out")
+        return view
 
 
 def _require_writable(out: Path) -> None:
