@@ -34,6 +34,22 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
+@pytest.fixture(scope="session")
+def contrast() -> Callable[[str, str], float]:
+    """Returns WCAG 2's contrast of two colours, `#rrggbb` each."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else float(((c + 0.055) / 1.055) ** 2.4) for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def of(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    return of
+
+
 @pytest.fixture(autouse=True)
 def _stores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a folder keep their gradients below the test's own, not in the user's cache; the demo model is shared."""

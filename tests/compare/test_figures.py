@@ -3,7 +3,7 @@
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import pytest
@@ -212,7 +212,7 @@ def test_bars_of_costs_are_as_wide_as_the_seconds() -> None:
     assert {"2 min 50 s", "1 min 25 s"} <= {text.text for text in texts(root)}
 
 
-def test_overlaps_are_printed_where_they_belong() -> None:
+def test_overlaps_are_printed_where_they_belong(contrast: Callable[[str, str], float]) -> None:
     rows = [[1.0, 0.25, 0.07], [0.25, 1.0, math.nan], [0.07, math.nan, 1.0]]
     root = ET.fromstring(overlaps(["a", "b", "c"], rows))
     cells = {bar.findtext(f"{SVG}title", ""): bar.attrib for bar in root.iter(f"{SVG}rect")}
@@ -224,12 +224,15 @@ def test_overlaps_are_printed_where_they_belong() -> None:
             cell = cells[f"{one} and {other}: {rows[i][j]:.2f}"]
             left, top, side = (float(cell[name]) for name in ("x", "y", "width"))
             inside = [
-                text.text
+                text
                 for text in texts(root)
                 if left < float(text.attrib["x"]) < left + side and top < float(text.attrib["y"]) < top + side
             ]
-            assert inside == [{1.0: "1.00", 0.25: ".25", 0.07: ".07"}[rows[i][j]]]
-            assert float(cell["fill-opacity"]) == pytest.approx(0.06 + 0.8 * rows[i][j], abs=1e-3)
+            (number,) = inside
+            assert number.text == {1.0: "1.00", 0.25: ".25", 0.07: ".07"}[rows[i][j]]
+            assert contrast(cell["fill"], number.attrib["fill"]) > 4.5
+    shades = [contrast(cells[f"a and {other}"]["fill"], "#000000") for other in ("a: 1.00", "b: 0.25", "c: 0.07")]
+    assert shades == sorted(shades)
 
 
 def test_hostile_names_are_text_in_every_figure() -> None:

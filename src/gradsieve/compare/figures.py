@@ -22,6 +22,7 @@ from gradsieve.report.figures import Axis, axis
 from gradsieve.report.wording import duration, visible
 
 INK, RULE, ACCENT = "#77716a", "#c9c3b6", "#2f7fc1"
+SHADES, ON_SHADE = ("#edf3f9", "#6aa6d6"), "#1d1b18"  # contrast at least 6.5
 COLOURS = ("#1f78b8", "#cf5a00", "#00916c", "#b8578f", "#8f7a00", "#7c6bd6")
 """Of methods, from the palette of Okabe and Ito (2008) for all kinds of colour vision, darkened to be read on light paper."""
 
@@ -198,15 +199,15 @@ def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
                 continue
             title = f"<title>{escape(visible(name))} and {escape(visible(names[j]))}: {value:.2f}</title>"
             made.append(
-                f'<rect x="{left + j * cell}" y="{20 + i * cell}" width="{cell - 2}" height="{cell - 2}" fill="{ACCENT}" '
-                f'fill-opacity="{0.06 + 0.8 * value:.3f}">{title}</rect>'
+                f'<rect x="{left + j * cell}" y="{20 + i * cell}" width="{cell - 2}" height="{cell - 2}" '
+                f'fill="{_shade(value)}">{title}</rect>'
             )
             made.append(
                 _text(
                     left + (j + 0.5) * cell - 1,
                     20 + (i + 0.62) * cell,
                     f"{value:.2f}".removeprefix("0"),
-                    "#ffffff" if value > 0.55 else INK,
+                    ON_SHADE,
                     "middle",
                     11,
                 )
@@ -216,6 +217,12 @@ def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
         x = left + (j + 0.5) * cell
         made.append(f'<g transform="rotate(-40 {x:.1f} {below})">{_text(x, below, name, INK, "end")}</g>')
     return _document(made, "Jaccard index of subsets", height=below + 90)
+
+
+def _shade(share: float) -> str:
+    """Returns a colour between the two SHADES. It is opaque, so that ON_SHADE is read on it on light and dark pages."""
+    light, dark = ([int(shade[i : i + 2], 16) for i in (1, 3, 5)] for shade in SHADES)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(light, dark, strict=True))
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------------
