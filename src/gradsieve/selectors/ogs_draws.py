@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsieve.selectors.ogs_threshold import LARGEST_PENALTY
 from gradsieve.selectors.ranking import best_first
-
-LARGEST_PENALTY = 1e6
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.selectors.directions import Directions, marginal_relevance, unit_rows
+from gradsieve.selectors.directions import Directions, marginal_relevance
 from gradsieve.selectors.ogs_anchor import Normalize, anchor_column, anchor_cosine, anchor_notes, categories
+from gradsieve.selectors.ogs_threshold import TOLERANCE, exchange, trade, within
+from gradsieve.selectors.ogs_utility import centrality, centred, nearest_targets
 from gradsieve.selectors.ranking import (
     Stratify,
     best_first,
@@ -34,10 +36,6 @@ Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
 Risk = Literal["conflict", "overlap"]
-
-LARGEST_PENALTY = 1e6
-"""Above this λ a difference in risk of one millionth outweighs any utility: the order is by risk first, utility second."""
-_TOLERANCE = 1e-12  # on a mean risk, for the rounding of the mean itself
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class OGSStatic:
         if self.utility != "mean" and directions is not None and problem.targets is not None:
             return nearest_targets(directions, problem.targets, self.neighbours)
         utility = cosines(problem.candidates, "target")
-        return _centred(utility, directions) if self.center and directions is not None else utility
+        return centred(utility, directions) if self.center and directions is not None else utility
 
     def _strata(self, pool: Gradients, by_id: Tensor) -> Tensor:
         if self.stratify == "length":
@@ -237,28 +235,29 @@ class OGSStatic:
         strata = self._strata(pool, by_id)
         bound = percentile(risk, self.bound) if self.bound_of == "percentile" else self.bound / 100 * exact_mean(risk)
 
-        def within(order: Tensor) -> Tensor:
-            return _within(order, pool, budget, risk, bound)
+        def payable(order: Tensor) -> Tensor:
+            return within(order, pool, budget, risk, bound)
 
-        trade = _trade(utility, risk, bound, best_first(-risk, by_id), strata, lambda order: budget.take(within(order), pool))
-        rows, shortfall = pay(within(trade.order), pool, budget)
+        safest = best_first(-risk, by_id)
+        found = trade(utility, risk, bound, safest, strata, lambda order: budget.take(payable(order), pool))
+        rows, shortfall = pay(payable(found.order), pool, budget)
         final, gap = -risk, None
-        if trade.penalty is not None:
-            final = utility - trade.penalty * risk
-        if trade.penalty and budget.tokens is None:
-            dual = final[rows].sum() + trade.penalty * bound * len(rows)
-            rows = _exchange(rows, budget.take(trade.riskier, pool), best_first(-risk, by_id), risk, strata, bound)
+        if found.penalty is not None:
+            final = utility - found.penalty * risk
+        if found.penalty and budget.tokens is None:
+            dual = final[rows].sum() + found.penalty * bound * len(rows)
+            rows = exchange(rows, budget.take(found.riskier, pool), safest, risk, strata, bound)
             order = best_first(final, by_id)
             rows = spread(order[torch.isin(order, rows)], strata)
             gap = max(0.0, (dual - utility[rows].sum()).item())
-        notes = self._penalty_notes(trade.penalty, exact_mean(risk[rows]), bound)
-        trace = {"bound": bound, "lambda": trade.penalty, "path": [list(step) for step in sorted(trade.path)], "gap": gap}
+        notes = self._penalty_notes(found.penalty, exact_mean(risk[rows]), bound)
+        trace = {"bound": bound, "lambda": found.penalty, "path": [list(step) for step in sorted(found.path)], "gap": gap}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
 
     def _penalty_notes(self, penalty: float | None, mean_risk: float, bound: float) -> list[str]:
         of = "percentile {:g} of the pool's risks" if self.bound_of == "percentile" else "{:g}% of the pool's mean risk"
         limit = f"the bound {bound:.4g} ({of.format(self.bound)})"
-        if penalty is None and mean_risk > bound + _TOLERANCE:
+        if penalty is None and mean_risk > bound + TOLERANCE:
             return [
                 f"infeasible: the least risky examples that fill the budget have mean risk {mean_risk:.4g}, above {limit}, "
                 "and are chosen; raise --bound or lower the budget"
@@ -292,7 +291,7 @@ class OGSStatic:
                 f"drop {self.drop:g}% means {asked} examples, but only {len(dropped)} have any risk; these were dropped"
             )
         if self.draw == "diversity" and directions is not None:
-            order, _ = marginal_relevance(directions, _centrality(directions) / 2, 0.5, kept, budget)
+            order, _ = marginal_relevance(directions, centrality(directions) / 2, 0.5, kept, budget)
         elif self.draw == "utility":
             final = scores["utility"].where(keep, torch.nan)
             order = best_first(final, by_id)
@@ -301,167 +300,6 @@ class OGSStatic:
         rows, shortfall = pay(spread(order, self._strata(pool, by_id)), pool, budget)
         trace = {"dropped": sorted(dropped.tolist()), "threshold": risk[dropped].min().item() if len(dropped) else None}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
-
-
-@dataclass(frozen=True, eq=False)
-class _Trade:
-    """The order at the smallest λ that meets the bound.
-
-    Attributes:
-        order: Rows, best first.
-        penalty: λ, or None where the order is by risk first and utility second.
-        riskier: The order just below that λ, which misses the bound; the same as `order` if λ is 0 or None.
-        path: (λ, mean risk, mean utility) of the rows paid for, for every λ tried.
-    """
-
-    order: Tensor
-    penalty: float | None
-    riskier: Tensor
-    path: list[tuple[float, float, float]]
-
-
-def _trade(
-    utility: Tensor, risk: Tensor, bound: float, safest: Tensor, strata: Tensor, take: Callable[[Tensor], Tensor]
-) -> _Trade:
-    """Returns the order by utility - λ·risk at the smallest λ whose choice has a mean risk within the bound (Eq. OGS-8).
-
-    max Σ a_i x_i with Σ x_i = k, Σ r_i x_i <= k·bound, 0 <= x <= 1 has the Lagrangian dual min_λ Σ top-k(a - λr) + λ·k·bound: a
-    choice by a - λr that meets the bound with equality is optimal. The mean risk of the top k falls in λ, hence the bisection.
-    (A token budget lets k vary with λ; then the bound is met too, but nothing is claimed about the optimum.)
-
-    Args:
-        utility: float64 [n].
-        risk: float64 [n], NaN where the row may not be chosen.
-        bound: On the mean risk of the rows taken.
-        safest: The rows one may choose from, by ascending risk, ties by id.
-        strata: int64 [n].
-        take: Cuts an order where the budget ends.
-    """
-    path: list[tuple[float, float, float]] = []
-
-    def order_at(penalty: float) -> Tensor:
-        return spread(best_first(utility - penalty * risk, safest), strata)
-
-    def meets(order: Tensor) -> bool:
-        return not exact_mean(risk[take(order)]) > bound + _TOLERANCE
-
-    def tried(order: Tensor, penalty: float) -> bool:
-        rows = take(order)
-        path.append((penalty, exact_mean(risk[rows]), exact_mean(utility[rows])))
-        return meets(order)
-
-    order = order_at(0.0)
-    if tried(order, 0.0):
-        return _Trade(order, 0.0, order, path)
-    safe = spread(best_first(-risk, best_first(utility, safest)), strata)
-    if not meets(safe):
-        return _Trade(safe, None, safe, path)
-    low, riskier, high = 0.0, order, 1.0
-    while not tried(order := order_at(high), high):
-        low, riskier, high = high, order, 2 * high
-        if high > LARGEST_PENALTY:
-            return _Trade(safe, None, safe, path)
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        trial = order_at(middle)
-        if tried(trial, middle):
-            high, order = middle, trial
-        else:
-            low, riskier = middle, trial
-    return _Trade(order, high, riskier, path)
-
-
-def _within(order: Tensor, pool: Gradients, budget: Budget, risk: Tensor, bound: float) -> Tensor:
-    """Returns the order without the rows that may not fill up a token budget: after the first that it does not pay for, only
-    rows within the bound count, which cannot lift the mean risk above it."""
-    if budget.tokens is None:
-        return order
-    head = int((pool.columns["tokens"][order].cumsum(0) <= budget.tokens).sum())
-    return torch.cat([order[:head], order[head:][risk[order[head:]] <= bound]])
-
-
-def _exchange(rows: Tensor, riskier: Tensor, safest: Tensor, risk: Tensor, strata: Tensor, bound: float) -> Tensor:
-    """Returns `rows` with as many rows of the riskier choice swapped in as the bound has room for.
-
-    The two choices lie on either side of the critical λ, where all rows in which they differ have equal a - λr: there the
-    riskier row is the more useful one. What room is left in the end is less than the next swap would take.
-
-    Args:
-        rows: A choice that meets the bound: int64 [k].
-        riskier: One that does not, with as many rows of each stratum: int64 [k].
-        safest: As in `_trade`.
-        risk: float64 [n].
-        strata: int64 [n].
-        bound: On the mean risk of the chosen.
-    """
-    grouped = safest[strata[safest].argsort(stable=True)]
-    out = grouped[torch.isin(grouped, rows) & ~torch.isin(grouped, riskier)]
-    into = grouped[torch.isin(grouped, riskier) & ~torch.isin(grouped, rows)]
-    rise = risk[into] - risk[out]
-    rows, total = rows.clone(), exact_mean(risk[rows]) * len(rows)
-    for pair in rise.argsort(stable=True).tolist():
-        if rise[pair] <= 0:
-            continue
-        total += rise[pair].item()
-        if total > (bound + _TOLERANCE) * len(rows):
-            break
-        rows[rows == out[pair]] = into[pair]
-    return rows
-
-
-def _centrality(directions: Directions) -> Tensor:
-    return directions.products(unit_rows(directions.mean[None]).T)[:, 0]
-
-
-def _centred(utility: Tensor, directions: Directions) -> Tensor:
-    """Returns the partial cosine of every row with the target given the pool's mean direction: float64 [n]; O(nd).
-
-    The mean of the exact cosines is <μ, t>, so that q_t needs no sketch of the target. A row without a direction of its own
-    gets 0.
-
-    Raises:
-        InvalidArgument: The target has no direction of its own either.
-    """
-    length = directions.mean.square().sum().sqrt().item()
-    if length == 0:  # nothing is shared
-        return utility
-    shared = _centrality(directions)
-    target = exact_mean(utility) / length
-    if target**2 >= 1:
-        raise InvalidArgument(
-            f"center must leave something of the target, got a cosine of {target:.3f} to the pool's mean direction; turn it off"
-        )
-    own = (1 - shared.square()) * (1 - target**2)
-    return ((utility - shared * target) / own.sqrt()).where((1 - shared.square() > 1e-6) | utility.isnan(), 0.0)
-
-
-def nearest_targets(directions: Directions, targets: Gradients, neighbours: int) -> Tensor:
-    """Returns the mean of each row's largest cosines to the targets, after centring: float64 [n]; O(nmd).
-
-    With μ the pool's mean unit row, cos(u - μ, v - μ) for every unit target v; the mean of the `neighbours` largest. A row that
-    is μ itself has no direction of its own and gets 0.
-
-    Args:
-        directions: Unit sketches of the pool, or unit rows of a representation.
-        targets: m of them, which have the same.
-        neighbours: How many count, at least 1.
-
-    Raises:
-        InvalidArgument: No target has a direction of its own.
-    """
-    mean = directions.mean
-    V = unit_rows(targets.rows(torch.arange(len(targets.ids)), directions.checkpoint)) - mean
-    V = unit_rows(V[V.square().sum(1) > 1e-12])
-    if not len(V):
-        raise InvalidArgument("utility needs a target that differs from the pool's mean direction, got none; use utility mean")
-    k = min(neighbours, len(V))
-    shift, length = V @ mean, float(mean.square().sum())
-    utility = torch.zeros(len(directions.zero), dtype=torch.float64)
-    for rows, U in directions.blocks():
-        own = (U.square().sum(1) - 2 * (U @ mean) + length).clamp(min=0)
-        similar = (U @ V.T - shift).topk(k, dim=1).values.mean(1)
-        utility[rows] = torch.where(own > 1e-6, similar / own.where(own > 1e-6, 1.0).sqrt(), 0.0)
-    return utility
 
 
 def _behind(pool: Gradients, normalize: Normalize) -> list[str]:
