@@ -1,0 +1,85 @@
+"""Every method in every study: gain and drift beside those of a random draw of the same size, from what is committed.
+
+    python studies/scoreboard.py studies/results/*
+
+A row per method, its settings where they are not its defaults, and budget; a column per study. A cell has the gain over random
+(nats per token) and, behind the stroke, how much further the model moved than random moved it (divergence, nats per token).
+**Bold**: the 95 % interval over items and seeds leaves 0 out. Only what has three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradsieve.compare.config import BASE, FULL, RANDOM
+from gradsieve.pipeline import find_method
+from gradsieve.selectors import SELECTORS
+
+JUDGED = 3  # seeds
+
+
+def label(cell: Mapping[str, Any]) -> str:
+    """Returns the method and what of its settings and its recipe is not the default today."""
+    if cell["arm"] == FULL:
+        return FULL
+    defaults = dataclasses.asdict(find_method(cell["method"])[1])  # type: ignore[call-overload]
+    own = {name: value for name, value in cell["settings"].items() if name in defaults and value != defaults[name]}
+    if own.get("against") == "contrast":  # which counts by conflict, whatever `risk` says
+        own.pop("risk", None)
+    own |= {name: value for name, value in cell["own_recipe"].items() if name != "order"}
+    said = (
+        f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in own.items()
+    )
+    return ", ".join([f"`{cell['method']}`", *said])
+
+
+def scores(results: Path) -> dict[tuple[str, str], str]:
+    """Returns a study's cells of the table by label and budget; of equal methods of several names the first."""
+    cells = [json.loads(line) for line in (results / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = {(cell["arm"], cell["budget"] or ""): label(cell) for cell in cells if cell["arm"] != BASE}
+    first = next((budget for arm, budget in labels if arm == RANDOM), "")
+    found: dict[tuple[str, str], str] = {}
+    for row in csv.DictReader((results / "pairs.csv").read_text(encoding="utf-8").splitlines()):
+        if int(row["seeds"]) < JUDGED:
+            continue
+        for one, other, sign in ((row["arm"], row["other"], 1), (row["other"], row["arm"], -1)):
+            arm, _, budget = one.partition(" ")
+            if other == f"{RANDOM} {budget or first}":
+                more = _number(sign * float(row["minus_gain"]), row["verdict_gain"])
+                further = _number(sign * -float(row["minus_keeping"]), row["verdict_keeping"])
+                found.setdefault((labels[arm, budget], budget), f"{more} / {further}")
+    return found
+
+
+def _number(value: float, verdict: str) -> str:
+    written = f"{value:+.3f}".replace("-", "−")
+    return written if verdict == "tie" else f"**{written}**"
+
+
+def table(folders: list[Path]) -> list[list[str]]:
+    """Returns the table row by row, the head first."""
+    columns = {folder.name: scores(folder) for folder in folders}
+    columns = {name: own for name, own in columns.items() if own}
+    order = [FULL, *(f"`{name}`" for name in SELECTORS)]
+    rows = dict.fromkeys(key for own in columns.values() for key in own)
+    ranked = sorted(rows, key=lambda key: (order.index(key[0].partition(",")[0]), key[0], -float(key[1].rstrip("%") or 0)))
+    body = [[name, budget or "–", *(own.get((name, budget), "") for own in columns.values())] for name, budget in ranked]
+    return [["method", "budget", *columns], ["---"] * (2 + len(columns)), *body]
+
+
+def main() -> None:
+    """Prints the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="folders of comparisons")
+    for row in table(parser.parse_args().results):
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
