@@ -195,6 +195,22 @@ def test_a_shared_store_gives_each_seed_what_its_own_would(content: dict[str, An
     assert twice > spent["references"] + sum(spent.values())  # each would have measured them, and some rows are in both pools
 
 
+def test_a_method_is_charged_what_it_reads_of_a_shared_store(content: dict[str, Any]) -> None:
+    content |= {"arms": {"rds": None, "orth-only": None, "gradmatch": None}, "seeds": [0]}
+    comparison = Comparison.of(parse_config(content, "x.yaml"))
+    found = {arm: comparison.chosen(Cell(arm, "25%", 0, "equal_steps")) for arm in ("rds", "orth-only", "gradmatch")}
+    (spent,) = (read_json(path)["seconds"] for path in (comparison.study / "stores").glob("*/spent.json"))
+    assert spent.keys() == {"references", "gradients of the pool", "gradients of the target"}
+    pool, target = spent["gradients of the pool"], spent["gradients of the target"]
+    expected = {
+        "rds": (pool + target) / 2,  # a forward pass is half of one
+        "orth-only": spent["references"] + pool,
+        "gradmatch": pool + target,
+    }
+    charged = {arm: one.gradient_seconds for arm, one in found.items() if one is not None}
+    assert charged == {arm: pytest.approx(seconds) for arm, seconds in expected.items()}
+
+
 def test_rows_of_seeds_that_are_gone_are_charged_to_nobody_else(content: dict[str, Any], tmp_path: Path) -> None:
     lines = Path(content["pool"]).read_text().splitlines()
     for seed in (0, 1, 2):

@@ -37,6 +37,13 @@ WHOLE, ROWS = "whole.json", "rows.json"
 AGAIN = " again"
 _OF_POOL = "of the pool"  # in the names of the stages that every pool has its own part of
 _WRITE_EVERY_S = 5.0
+_WORK = {
+    "references": "references",
+    "answers alone": "pool alone",
+    _OF_POOL: "pool",
+    "of the target": "target",
+    "of the anchor": "anchor",
+}  # what the names of stages hold, and the work that `passes` counts there
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,23 @@ def _together(material: Material, arm: Arm, seed: int) -> list[int]:
 
 
 def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
-    """Returns what of a store's seconds one seed alone would have taken: everything once, but of the pools its own tokens."""
+    """Returns what of a store's seconds one arm and seed alone would have taken.
+
+    Of the pools its own tokens; and of each stage as much as the method's work is of all that read the store, in token passes
+    (`gradsieve.overhead`): one that reads hidden states alone needs no reference, and half of a pass over the pool.
+    """
     own = _tokens(material, [seed])
     share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed)) | _held(store)).values())
+    job, data = Job(**_job_settings(material)), _data(material, seed)
+    mine, all_work = (passes(one, job, data) for one in (selector(arm), _everything(material, arm)))
     spent: Mapping[str, float] = read_json(store / "spent.json")["seconds"]
-    once = {stage: seconds for stage, seconds in spent.items() if not stage.endswith(AGAIN)}
-    return sum(seconds * (share if _OF_POOL in stage else 1.0) for stage, seconds in once.items())
+    seconds = 0.0
+    for stage, taken in spent.items():
+        if not stage.endswith(AGAIN):
+            work = next((name for said, name in _WORK.items() if said in stage), "")
+            part = mine.get(work, 0.0) / all_work[work] if work in all_work else 1.0
+            seconds += taken * part * (share if _OF_POOL in stage else 1.0)
+    return seconds
 
 
 def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:

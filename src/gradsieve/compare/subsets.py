@@ -39,8 +39,8 @@ class Subset:
         weights: One per example, at least 0.
         notes: What the method had to say.
         select_seconds: What choosing took once gradients were there.
-        gradient_seconds: What the gradients took that it read, of those that all methods share: the references, and its pool's
-            part of the rest.
+        gradient_seconds: What the gradients took that it read, of those that all methods share: as much of the seconds of each
+            stage as it has work there, in token passes.
         drew: Whether the method drew at random.
         source: Name of the selection it is.
     """
