@@ -1,4 +1,4 @@
-"""What other libraries do to the whole process, taken back: random states they seed, warnings of each other's old names."""
+"""What other libraries do to the whole process, taken back: random states they seed, what they print that helps nobody."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def alone_on_purpose() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+@contextmanager
+def without_git() -> Iterator[None]:
+    """Keeps lm-eval from asking git for the current folder's commit: where there is none, git prints that this is fatal."""
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
 
 
 @contextmanager

@@ -128,6 +128,15 @@ def test_the_model_and_the_random_state_are_left_as_they_were(folder: Path, tiny
     assert len(found["colours"].items["acc"]) == 2
 
 
+def test_git_is_not_asked_about_a_folder_that_is_no_repository(
+    folder: Path, tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
+    harness(tiny(), tokenizer, ["colours"], include_path=folder, limit=1)
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_prompts_may_go_through_the_chat_template(folder: Path, tiny: Any, tokenizer: Any) -> None:
     model = tiny()
     found = harness(model, tokenizer, ["colours"], include_path=folder, chat=True)["colours"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradsieve.errors import DataError, InvalidArgument, MissingExtra
 from gradsieve.evaluate.network import evaluating
-from gradsieve.foreign import own_randomness
+from gradsieve.foreign import own_randomness, without_git
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def harness(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating(model), own_randomness():
+    with evaluating(model), own_randomness(), without_git():
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
