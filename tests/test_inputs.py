@@ -207,3 +207,9 @@ def test_duplicates_are_left_out_before_the_method_and_shown(
     assert len(gs.select("length", **common).examples) == 14
     with pytest.raises(InvalidArgument, match="dedup must be one of off, exact, near"):
         gs.select("length", dedup="fuzzy", **common)
+
+
+def test_a_mean_gradient_is_not_taken_of_one_example(write_data: Write, tiny_model: Path) -> None:
+    pool, target, anchor = (str(write_data(name, count)) for name, count in (("pool", 8), ("target", 1), ("anchor", 4)))
+    with pytest.raises(InvalidArgument, match=r"target must hold at least 2 usable examples, got 1"):
+        gs.select("ogs-static", model=tiny_model, pool=pool, target=target, anchor=anchor, budget="2", dim=256)
