@@ -4,7 +4,8 @@
 
 A row per method, its settings where they are not its defaults, and budget; a column per study. A cell has the gain over random
 (nats per token) and, behind the stroke, how much further the model moved than random moved it (divergence, nats per token).
-**Bold**: the 95 % interval over items and seeds leaves 0 out. Only what has three seeds.
+**Bold**: the 95 % interval over items and seeds leaves 0 out. Only what has the seeds to be judged. `full` is held against the
+first budget of random.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from typing import Any
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.pipeline import find_method
 from gradsieve.selectors import SELECTORS
-
-JUDGED = 3  # seeds
 
 
 def label(cell: Mapping[str, Any]) -> str:
@@ -46,7 +45,7 @@ def scores(results: Path) -> dict[tuple[str, str], str]:
     first = next((budget for arm, budget in labels if arm == RANDOM), "")
     found: dict[tuple[str, str], str] = {}
     for row in csv.DictReader((results / "pairs.csv").read_text(encoding="utf-8").splitlines()):
-        if int(row["seeds"]) < JUDGED:
+        if row["verdict_gain"] == "unjudged":
             continue
         for one, other, sign in ((row["arm"], row["other"], 1), (row["other"], row["arm"], -1)):
             arm, _, budget = one.partition(" ")

@@ -17,6 +17,9 @@ from gradsieve.evaluate.likelihood import likelihood
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import Budget, Cost
 
+CountPasses = Callable[[float, float, float], float]
+"""(tokens of the chosen, of the target, of the held-out anchor) → token passes of training and measuring a Navigator"""
+
 
 def split_anchor(anchor: TokenSet) -> tuple[TokenSet, TokenSet]:
     """Returns the anchor's examples that give the reference, and those that measure forgetting: halves of every category.
@@ -79,10 +82,6 @@ def make_navigator(
         return _mean(domain.nll, domain.row, torch.ones_like(domain.right)), _mean(values, general.row, which)
 
     return LoRANavigator(model, candidates, measure, settings)
-
-
-CountPasses = Callable[[float, float, float], float]
-"""(tokens of the chosen, of the target, of the held-out anchor) → token passes of training and measuring a Navigator"""
 
 
 def navigator_passes(

@@ -51,7 +51,7 @@ from gradsieve.selectors.ranking import split_half
 from gradsieve.store import GradientStore
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
 from gradsieve.types import Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
-from gradsieve.views import example_columns, finite_view, group_column, target_groups, without_gradients
+from gradsieve.views import finite_view, group_column, number_columns, shared_words, target_groups, without_gradients
 from gradsieve.warmup import Stop, part_of, require_training, stops_of, training_passes
 
 DEFAULT_BATCH = 1024  # tokens
@@ -215,10 +215,10 @@ class Run:
 
     def _columns(self) -> dict[str, torch.Tensor]:
         """The pool's columns that do not come with its gradients: of its texts, and the loss of answers alone."""
-        with ExitStack() as stack:
-            if "bm25/target" in self.needs:
-                stack.enter_context(self.clock.stage("words"))
-            columns = example_columns(self.needs, self.sets["pool"], self.sets.get("target"), self.name)
+        columns = number_columns(self.needs, self.sets["pool"], self.name)
+        if "bm25/target" in self.needs:
+            with self.clock.stage("words"):
+                columns["bm25/target"] = shared_words(self.sets["pool"], self.sets["target"])
         if self.alone is not None:
             columns["loss/alone"] = self.alone
         return columns

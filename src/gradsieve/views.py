@@ -14,15 +14,16 @@ from gradsieve.store import CheckpointGradients, GradientStore, finite_rows
 from gradsieve.types import ArrayGradients, Gradients
 
 
-def example_columns(needs: Collection[str], pool: TokenSet, target: TokenSet | None, method: str) -> dict[str, torch.Tensor]:
-    """Returns the pool's columns that come of its texts alone, float64 [n]: numbers it has, and matches of words (BM25)."""
+def number_columns(needs: Collection[str], pool: TokenSet, method: str) -> dict[str, torch.Tensor]:
+    """Returns the numbers that come with the pool's examples and that a method reads, float64 [n] by column."""
     numbers = sorted(need for need in needs if need.startswith("meta/"))
-    columns = {need.removesuffix("?"): _numbers(pool, need, method) for need in numbers}
-    if "bm25/target" in needs:
-        assert target is not None
-        wanted = [target.examples[i] for i in target.kept]
-        columns["bm25/target"] = bm25_scores([pool.examples[i] for i in pool.kept], wanted)
-    return columns
+    return {need.removesuffix("?"): _numbers(pool, need, method) for need in numbers}
+
+
+def shared_words(pool: TokenSet, target: TokenSet) -> torch.Tensor:
+    """Returns the BM25 score of every example of the pool for the target's words, float64 [n]."""
+    own, wanted = ([tokens.examples[i] for i in tokens.kept] for tokens in (pool, target))
+    return bm25_scores(own, wanted)
 
 
 def _numbers(tokens: TokenSet, need: str, method: str) -> torch.Tensor:

@@ -124,8 +124,7 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """
     own = _tokens(material, [seed])
     share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed)) | _held(store)).values())
-    job, data = Job(**_job_settings(material)), _data(material, seed)
-    mine, all_work = (passes(one, job, data) for one in (selector(arm), _everything(material, arm)))
+    mine, all_work = (_work(material, method, seed) for method in (selector(arm), _everything(material, arm)))
     spent: Mapping[str, float] = read_json(store / "spent.json")["seconds"]
     seconds = 0.0
     for stage, taken in spent.items():
@@ -134,6 +133,11 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
             part = mine.get(work, 0.0) / all_work[work] if work in all_work else 1.0
             seconds += taken * part * (share if _OF_POOL in stage else 1.0)
     return seconds
+
+
+def _work(material: Material, method: Selector, seed: int) -> Mapping[str, float]:
+    """Returns what a method's gradients of one seed's data are from nothing, in token passes, repeated examples included."""
+    return passes(method, Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
 
 
 def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:
@@ -232,7 +236,7 @@ def _open(study: Path, material: Material, arms: Collection[str] | None) -> dict
 
 def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """What the job of one seed computes, with the rows of all seeds' pools in place of its own, and without what is there."""
-    work = passes(_everything(material, arm), Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
+    work = _work(material, _everything(material, arm), seed)
     filled = _filled(store)
     there = _held(store) | _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
     wanted = _tokens(material, _together(material, arm, seed))
