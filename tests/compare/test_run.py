@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from gradsieve.compare.config import Config, parse_config
-from gradsieve.compare.records import Finished, read_finished, read_items
+from gradsieve.compare.records import Finished, read_finished, read_items, write_results
 from gradsieve.compare.run import Comparison
 from gradsieve.errors import InvalidArgument
 
@@ -104,6 +104,14 @@ def test_surgery_is_told_apart_and_its_cost_measured(finished: Comparison) -> No
     assert plain["training"]["surgery_seconds"] == 0
     assert surgery["inputs"]["training"]["anchor"] is not None
     assert surgery["work"] != plain["work"]
+
+
+def test_what_the_file_no_longer_names_stays_among_the_results(finished: Comparison, tmp_path: Path) -> None:
+    shutil.copytree(finished.study / "cells", tmp_path / "cells")
+    named = [cell for cell in finished.cells if cell.arm != "less"]
+    write_results(tmp_path, named)
+    dropped = [cell.name for cell in finished.cells if cell.arm == "less"]
+    assert [record["cell"] for record in results(tmp_path)] == [cell.name for cell in named] + sorted(dropped)
 
 
 def test_a_second_run_does_nothing(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:

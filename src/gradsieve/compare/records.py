@@ -11,7 +11,7 @@ cells/CELL/selection.json    the same, of this cell
            items.parquet     test, item, metric, value: one row per measurement
            generations.json  prompt, reference and answer of a few items
            result.json       everything else, written last: with it the cell is finished
-results.jsonl                all result.json, one a line
+results.jsonl                all result.json, one a line, those of arms that the file no longer names last
 report.html, figures/, …     made from these files alone
 """
 
@@ -30,6 +30,8 @@ from gradsieve.atomic import replacing, write_atomically
 from gradsieve.compare.cells import Cell
 from gradsieve.data import write_lines
 from gradsieve.errors import DataError, InvalidArgument
+
+RESULT = "result.json"
 
 Values = Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
 """Values per item, float64 [items], by test and metric."""
@@ -80,14 +82,16 @@ def cell_folder(study: Path, cell: Cell) -> Path:
 def read_finished(study: Path, cell: Cell) -> Finished | None:
     """Returns a finished cell, None where it is not."""
     folder = cell_folder(study, cell)
-    path = folder / "result.json"
+    path = folder / RESULT
     return Finished(cell, read_json(path), folder) if path.exists() else None
 
 
 def write_results(study: Path, cells: Sequence[Cell]) -> None:
-    """Gathers the finished cells into `results.jsonl`."""
-    done = [finished for cell in cells if (finished := read_finished(study, cell)) is not None]
-    write_lines(study / "results.jsonl", (_line(finished.record) for finished in done))
+    """Gathers the finished cells into `results.jsonl`: these in their order, then whatever else the folder holds."""
+    planned = [cell_folder(study, cell) / RESULT for cell in cells]
+    others = sorted(set((study / "cells").glob(f"*/{RESULT}")) - set(planned))
+    done = [read_json(path) for path in [*planned, *others] if path.exists()]
+    write_lines(study / "results.jsonl", (_line(record) for record in done))
 
 
 def write_items(path: Path, items: Mapping[str, Sequence[str]], values: Values) -> None:

@@ -27,6 +27,7 @@ from gradsieve.compare.config import BASE, Config
 from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.page import write_reports
 from gradsieve.compare.records import (
+    RESULT,
     Finished,
     cell_folder,
     differences,
@@ -288,7 +289,7 @@ class Comparison:
                 write_atomically(folder / name, (twin.folder / name).read_bytes())
         self._write_selection(folder, chosen)
         record = {**twin.record, **self._identity(cell, chosen), "same_as": twin.cell.name}
-        write_json(folder / "result.json", record)
+        write_json(folder / RESULT, record)
 
     def _keep(self, cell: Cell, job: Job, chosen: Subset | None, outcome: Outcome) -> None:
         folder = cell_folder(self.study, cell)
@@ -312,7 +313,7 @@ class Comparison:
             "hardware": hardware(self.material.device),
             "date": now(),
         }
-        write_json(folder / "result.json", record)
+        write_json(folder / RESULT, record)
 
     def _identity(self, cell: Cell, chosen: Subset | None) -> dict[str, Any]:
         arm = self.config.arm(cell.arm)
