@@ -1,5 +1,6 @@
-"""Tiny random models and examples to train them on."""
+"""Tiny random models, examples and recipes to train them on."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from gradsieve.data import IGNORE, Tokens
+from gradsieve.train import Recipe
 
 VOCABULARY = 64
+PLAIN = Recipe(batch=4, micro_batch=2, epochs=2, order="selection", learning_rate=1e-2, device="cpu", save_steps=99)
+FULL = dataclasses.replace(PLAIN, tuning="full")
 
 
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
@@ -66,6 +70,11 @@ def examples(count: int, seed: int = 0) -> list[Tokens]:
         labels[4] = IGNORE
         made.append(Tokens(ids, labels, False))
     return made
+
+
+def assert_same(model: Any, twin: Any, atol: float = 1e-9) -> None:
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(params=list(MODELS))
