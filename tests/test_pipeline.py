@@ -15,7 +15,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.pipeline import extract
 
 METHODS = [method for method in gs.SELECTORS if method not in ("embedding", "metadata")]  # they need an encoder, a field
-LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: test_warmup.py
+LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: tests/warmup
 AS_IT_IS = {"less": {"warmup_share": 0.0}, "g2is": {"warmup_share": 0.0}, "grads": {"probe_epochs": 0}}
 Write = Callable[..., Path]
 SMALL = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}

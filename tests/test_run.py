@@ -15,7 +15,7 @@ import gradsieve as gs
 from gradsieve.errors import StoreMismatch
 from gradsieve.pipeline import extract
 
-LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: test_warmup.py
+LESS, GRADS = gs.LESS(warmup_share=0.0), gs.GrADS(probe_epochs=0)  # at the model as it is; warm-ups: tests/warmup
 Write = Callable[..., Path]
 SMALL = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
 
