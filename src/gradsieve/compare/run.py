@@ -23,6 +23,7 @@ from gradsieve import __version__
 from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, only_cells, plan_cells
+from gradsieve.compare.checks import check_arms, check_training
 from gradsieve.compare.config import BASE, Config
 from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.page import write_reports
@@ -32,23 +33,22 @@ from gradsieve.compare.records import (
     cell_folder,
     differences,
     read_finished,
+    read_json,
     write_items,
     write_json,
     write_results,
 )
-from gradsieve.compare.speed import Speed, expected_examples, predicted
-from gradsieve.compare.stores import gradient_settings, method_settings, reads_store, selector
-from gradsieve.compare.subsets import Subset, subset
+from gradsieve.compare.speed import Speed, predicted
+from gradsieve.compare.stores import gradient_settings, method_settings, reads_store
+from gradsieve.compare.subsets import Subset, known_subset, subset
 from gradsieve.compare.team import Team
-from gradsieve.compare.training import Job, Outcome, clear, given_back, keep, make_job, resolved_recipe, train, work
+from gradsieve.compare.training import Job, Outcome, clear, given_back, keep, make_job, train, work
 from gradsieve.data import write_lines
-from gradsieve.errors import GradsieveError, InvalidArgument
+from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import KeptBase, TestSet
 from gradsieve.models import tokenizer_hash
-from gradsieve.needs import reads_set
 from gradsieve.outputs import hardware, now, versions
-from gradsieve.train.checks import INCIDENTAL, check_precision, check_warmup, require_packages
-from gradsieve.train.plan import make_plan
+from gradsieve.train.checks import INCIDENTAL
 
 log = logging.getLogger(__name__)
 
@@ -89,31 +89,10 @@ class Comparison:
             GradsieveError: Whatever the user can mend.
         """
         material = Material.read(config, drop_leaks=drop_leaks)
-        comparison = cls(config, Path(config.out), material, plan_cells(config))
-        comparison._check_arms()
-        comparison._check_training()
-        return comparison
-
-    def _check_arms(self) -> None:
-        for arm in self.config.arms:
-            needs = selector(arm).needs if arm.chooses else frozenset()
-            for role in ("target", "anchor"):
-                if any(reads_set(need, role) for need in needs) and not getattr(self.config, role):
-                    raise InvalidArgument(f"{self.config.source}: {role} must be given for the arm {arm.name}, got none")
-
-    def _check_training(self) -> None:
-        """Refuses recipes that would fail in their cell; the first seed's stand for all."""
-        for cell in (cell for cell in self.cells if cell.arm != BASE and cell.seed == self.config.seeds[0]):
-            arm = self.config.arm(cell.arm)
-            try:
-                recipe = resolved_recipe(self.material, cell, arm)
-                if (recipe.surgery != "none" or recipe.replay_share > 0) and not self.config.anchor:
-                    raise InvalidArgument("anchor must be given for surgery and replay, got none")
-                require_packages(recipe)
-                check_precision({self.material.dtype}, recipe)
-                check_warmup(recipe, len(make_plan(recipe, expected_examples(self.material, cell), 1, 1)))
-            except GradsieveError as error:
-                raise type(error)(f"{self.config.source}: {cell.name}: {error}") from None
+        cells = plan_cells(config)
+        check_arms(config)
+        check_training(material, cells)
+        return cls(config, Path(config.out), material, cells)
 
     def run(
         self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None, only: Sequence[str] = ()
@@ -147,6 +126,7 @@ class Comparison:
 
     def _lead(self, team: Team, cells: Sequence[Cell], progress: Progress, told: Told, minutes: float | None) -> list[Finished]:
         started = time.monotonic()
+        self._check_finished(cells)
         self._open()
         model: Any = None
         base: KeptBase | None = None
@@ -239,15 +219,49 @@ class Comparison:
         found = read_finished(self.study, cell)
         if found is None:
             return False
-        chosen = self.chosen(cell)
-        inputs = self._inputs(make_job(self.material, cell, self.config.arm(cell.arm), chosen))
+        self._check_same(found, self.chosen(cell))
+        return True
+
+    def _check_finished(self, cells: Sequence[Cell]) -> None:
+        """Refuses finished cells that were made with other things, those too that are not run now: the report holds all.
+
+        Nothing is chosen for that. Where no choice of today's settings is kept, what decides it must be as it was, or the cell
+        is one of `cells`, which is chosen for in its turn.
+        """
+        for one in self.finished():
+            cell, chosen = one.cell, None
+            if cell.seed is not None:
+                chosen = known_subset(self.study, self.material, self.config.arm(cell.arm), cell.budget, cell.seed)
+                if chosen is None and cell in cells:
+                    continue
+                chosen = chosen or self._as_before(one, cell.seed)
+            self._check_same(one, chosen)
+
+    def _as_before(self, found: Finished, seed: int) -> Subset:
+        """Returns what a finished cell trained on, where nothing that decides its choice has changed."""
+        content = read_json(found.folder / "selection.json")
+        chosen = Subset(tuple(content["ids"]), tuple(content["weights"]))
+        there, here = found.record, self._identity(found.cell, chosen)
+        differing = list(differences(_of_choice(there, here), _of_choice(here, there)))
+        gone = {*chosen.ids} - self.material.trainable(seed).of_id.keys()
+        if gone:
+            differing.append(f"examples there that the pool lacks, {min(gone)} among them")
+        if differing:
+            raise InvalidArgument(
+                f"{found.folder} must be chosen by what is asked for, got {'; '.join(differing)}; name {found.cell.arm} in "
+                "--only too, so that it is chosen anew, or another --out"
+            )
+        return chosen
+
+    def _check_same(self, found: Finished, chosen: Subset | None) -> None:
+        """Refuses a finished cell that was made with other things than are asked for now."""
+        inputs = self._inputs(make_job(self.material, found.cell, self.config.arm(found.cell.arm), chosen))
         differing = list(differences(_deciding(found.record["inputs"]), _deciding(inputs)))
         if differing:
             raise InvalidArgument(
                 f"{found.folder} must be of the comparison that is asked for, got other inputs: {'; '.join(differing)}; name "
                 "another --out, or remove that folder"
             )
-        return True
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         """Returns all that decides a cell's numbers."""
@@ -359,6 +373,16 @@ def _means(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str
         return float(known.mean()) if len(known) else None
 
     return {test: {metric: mean(column) for metric, column in by.items()} for test, by in values.items()}
+
+
+def _of_choice(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides a cell's choice, as far as another record has it too: those of earlier versions lack some."""
+
+    def common(key: str) -> dict[str, Any]:
+        return {name: value for name, value in record[key].items() if name in other[key]}
+
+    chosen_by = {name: value for name, value in common("selection").items() if name in ("data", "gradients")}
+    return {"method": record["method"], "settings": common("settings"), **chosen_by}
 
 
 def _deciding(inputs: Mapping[str, Any]) -> dict[str, Any]:

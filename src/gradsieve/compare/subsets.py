@@ -83,15 +83,11 @@ def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: 
 
     A method that drew nothing at random chooses the same for every seed with the same data, and is asked once.
     """
-    pool = material.trainable(seed).pool
-    if not arm.chooses:
-        return Subset(tuple(pool.ids), (1.0,) * len(pool.ids))
+    known = known_subset(study, material, arm, budget, seed)
+    if known is not None:
+        return known
     assert budget is not None
     inputs = _inputs(material, arm, budget, seed)
-    for other in material.config.seeds:
-        found = _kept(study, arm, budget, other, inputs)
-        if found is not None and (other == seed or not found.drew):
-            return found
     gradient_seconds = fill(study, material, arm, seed, progress) if reads_store(arm) else 0.0
     drawn: list[bool] = []
     started = time.perf_counter()
@@ -108,6 +104,20 @@ def subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: 
     )
     write_json(_file(study, arm, budget, seed), {"inputs": inputs, "seed": seed, **dataclasses.asdict(made)})
     return made
+
+
+def known_subset(study: Path, material: Material, arm: Arm, budget: str | None, seed: int) -> Subset | None:
+    """Returns what an arm trains on for a seed where nothing has to be chosen for that; else None."""
+    if not arm.chooses:
+        pool = material.trainable(seed).pool
+        return Subset(tuple(pool.ids), (1.0,) * len(pool.ids))
+    assert budget is not None
+    inputs = _inputs(material, arm, budget, seed)
+    for other in material.config.seeds:
+        found = _kept(study, arm, budget, other, inputs)
+        if found is not None and (other == seed or not found.drew):
+            return found
+    return None
 
 
 def navigator_passes_left(study: Path, material: Material, cells: Collection[Cell]) -> float:
