@@ -39,12 +39,20 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
 
+LIKELY = """output_type: loglikelihood
+doc_to_target: " {{word}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: false}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with two tasks and their data."""
     rows = [{"question": f"What is {i}?", "options": OPTIONS, "gold": i % 3, "word": "x"} for i in range(6)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, rest in (("colours", CHOICE), ("words", WRITE)):
+    for name, rest in (("colours", CHOICE), ("words", WRITE), ("likely", LIKELY)):
         text = TASK.format(name=name, data=tmp_path / "data.jsonl", cache=tmp_path / "cache") + rest
         (tmp_path / f"{name}.yaml").write_text(text)
     return tmp_path
@@ -86,6 +94,18 @@ def test_a_generating_task_is_held_to_its_text(folder: Path, tiny: Any, tokenize
     assert found.documents == 6
 
 
+def test_perplexity_of_a_document_is_called_what_it_is_and_every_metric_has_its_direction(
+    folder: Path, tiny: Any, tokenizer: Any
+) -> None:
+    model = tiny()
+    found = harness(model, tokenizer, ["likely"], include_path=folder, limit=2)["likely"]
+    assert set(found.items) == {"loglikelihood", "acc"}
+    by_hand = [log_likelihood(model, tokenizer, f"What is {i}? Answer:", " x") for i in range(2)]
+    assert found.items["loglikelihood"].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert found.scores["perplexity,none"] == pytest.approx(np.exp(-np.mean(by_hand)), rel=1e-4)
+    assert found.higher_is_better == {"loglikelihood": True, "acc": False}
+
+
 def test_the_documents_of_a_task_are_prompts_and_right_answers(folder: Path) -> None:
     asked = [f"What is {i}? Answer:" for i in range(6)]
     assert task_documents("colours", include_path=folder) == list(zip(asked, OPTIONS * 2, strict=True))
@@ -105,13 +125,51 @@ def test_what_decides_a_tasks_numbers_is_in_its_digest(folder: Path) -> None:
     first = task_digest("colours", include_path=folder)
     assert task_digest("colours", include_path=folder) == first
     assert task_digest("colours", include_path=folder, limit=5) != first
-    data, task = folder / "data.jsonl", folder / "colours.yaml"
+    data, task, shots = folder / "data.jsonl", folder / "colours.yaml", folder / "shots.jsonl"
     rows, text = data.read_text(), task.read_text()
     data.write_text(rows.replace("red", "rad", 1))
     assert task_digest("colours", include_path=folder) != first
     data.write_text(rows)
     task.write_text(text.replace("Answer:", "So:"))
     assert task_digest("colours", include_path=folder) != first
+    # what it includes, the module of its functions, and what solved examples are drawn from
+    (folder / "base.yaml").write_text(text.replace("task: colours\n", ""))
+    (folder / "own.py").write_text("def same(documents):\n    return documents.select([0])\n")
+    task.write_text("include: base.yaml\ntask: colours\nprocess_docs: !function own.same\nfewshot_split: shots\n")
+    with_shots = (folder / "base.yaml").read_text().replace("{test: ", f"{{shots: {shots}, test: ")
+    (folder / "base.yaml").write_text(with_shots)
+    shots.write_text(rows)
+    second = task_digest("colours", include_path=folder, fewshot=1)
+    assert task_digest("colours", include_path=folder, fewshot=1) == second
+    shots.write_text(rows.replace("What is 0", "What was 0"))
+    assert task_digest("colours", include_path=folder) != second
+    assert task_digest("colours", include_path=folder, fewshot=1) != second
+    shots.write_text(rows)
+    (folder / "base.yaml").write_text(with_shots.replace("Answer:", "So:"))
+    assert task_digest("colours", include_path=folder, fewshot=1) != second
+    (folder / "base.yaml").write_text(with_shots)
+    assert task_digest("colours", include_path=folder, fewshot=1) == second
+    (folder / "own.py").write_text("def same(documents):\n    return documents.select([1])\n")
+    assert task_digest("colours", include_path=folder, fewshot=1) != second
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "{{question}}",
+            "{{asked}}",
+            "colours: its YAML must fit lm-eval and name splits and fields of the data, got Undefined",
+        ),
+        ("test_split: test", "test_split: tset", "colours: its YAML must fit lm-eval and name splits .*, got KeyError: 'tset'"),
+        ("output_type: multiple_choice", "output_type: [", r"colours\.yaml: must be valid YAML, got .*; correct it"),
+    ],
+)
+def test_a_local_task_that_is_written_wrong_is_refused_by_name(folder: Path, old: str, new: str, message: str) -> None:
+    task = folder / "colours.yaml"
+    task.write_text(task.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        task_digest("colours", include_path=folder)
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(folder: Path, tiny: Any, tokenizer: Any) -> None:

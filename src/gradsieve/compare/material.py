@@ -92,7 +92,7 @@ class Material:
         dtype: in which type.
         template: Text of the chat template that replaces the model's own.
         tests: The test sets.
-        tasks: A hash of each local task's file and documents; None of a stock task's.
+        tasks: A hash of all that decides each local task's numbers; None of a stock task's.
         notes: Sentences the user must read.
     """
 
@@ -231,7 +231,7 @@ def _read_tasks(config: Config, notes: list[str]) -> tuple[dict[str, list[Exampl
         if task.include_path is None:
             check_tasks([name])
         else:
-            digests[name] = task_digest(name, include_path=task.include_path, limit=task.limit)
+            digests[name] = task_digest(name, include_path=task.include_path, limit=task.limit, fewshot=task.fewshot)
             try:
                 sides[f"task {name}"] = [
                     Example(str(number), _turns(*texts), b"", f"document {number}")

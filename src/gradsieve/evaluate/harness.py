@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,9 @@ from gradsieve.errors import DataError, InvalidArgument, MissingExtra
 from gradsieve.evaluate.network import evaluating
 from gradsieve.foreign import own_randomness, without_git
 
+_PLACES = ("dataset_path", "dataset_name", "dataset_kwargs")
+"""Settings of a task that say where its documents are, which are known by themselves."""
+
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
@@ -34,9 +38,11 @@ class TaskResult:
         scores: lm-eval's own aggregates by `metric,filter`. Errors are left to intervals over `items`.
         items: Per metric its value for each document, float64 [documents] in the order of the documents' numbers; only
             metrics that are one number per document, none for a group; by `metric,filter` where there are several filters.
+            What lm-eval calls `perplexity` of a document is its log-likelihood, and is called `loglikelihood` here.
         version: The task's version.
         fewshot: How many solved examples stood in each prompt.
         documents: How many documents the task has, measured or not; 0 for a group.
+        higher_is_better: Of metrics in `items`, as far as the task or lm-eval says so.
     """
 
     scores: Mapping[str, float]
@@ -44,6 +50,7 @@ class TaskResult:
     version: str
     fewshot: int
     documents: int
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
 
 
 def harness(
@@ -114,23 +121,30 @@ def task_documents(name: str, *, include_path: str | Path | None = None, limit: 
         DataError: It is a group of tasks, or its data are neither local nor within reach, or not of texts.
         MissingExtra: lm-eval is not installed.
     """
-    task, _ = _loaded(name, include_path)
+    task = _loaded(name, include_path)
     try:
         return [_texts(task, document) for document in islice(task.eval_docs, limit)]
     except (LookupError, TypeError) as error:
         raise DataError(f"{name}: prompts and answers must be texts, got {error!r}") from error
 
 
-def task_digest(name: str, *, include_path: str | Path | None = None, limit: int | None = None) -> str:
-    """Returns a hash of a task's YAML file and of the documents that it measures, from the first, with all their fields.
+def task_digest(
+    name: str, *, include_path: str | Path | None = None, limit: int | None = None, fewshot: int | None = None
+) -> str:
+    """Returns a hash of all that decides a task's numbers, wherever its files are: the YAML with what it includes, the modules
+    of its functions, the documents that it measures, from the first, and those that its solved examples are drawn from.
 
     Raises:
         InvalidArgument, DataError, MissingExtra: As `task_documents`.
     """
-    task, path = _loaded(name, include_path)
+    task = _loaded(name, include_path)
+    settings = {key: value for key, value in task.config.to_dict(keep_callable=True).items() if key not in _PLACES}
+    solved = task.config.num_fewshot if fewshot is None else fewshot
     hasher = xxhash.xxh3_128()
-    for text in (path.read_bytes() if path else b"", *(_plain(document) for document in islice(task.eval_docs, limit))):
-        hasher.update(len(text).to_bytes(8, "little") + text)
+    for part in ([settings], islice(task.eval_docs, limit), task.fewshot_docs() if solved else ()):
+        for text in map(_plain, part):
+            hasher.update(len(text).to_bytes(8, "little") + text)
+        hasher.update(b"next")
     return str(hasher.hexdigest())
 
 
@@ -150,8 +164,10 @@ def _require_package() -> None:
         raise MissingExtra("lm-evaluation-harness tasks need the package lm_eval; pip install 'gradsieve[eval]'")
 
 
-def _loaded(name: str, include_path: str | Path | None) -> tuple[Any, Path | None]:
-    """Returns a task of lm-eval with its documents, and its YAML file."""
+def _loaded(name: str, include_path: str | Path | None) -> Any:
+    """Returns a task of lm-eval with its documents."""
+    from jinja2 import TemplateError
+
     _require_package()
     manager = _task_manager([name], include_path)
     try:
@@ -160,13 +176,24 @@ def _loaded(name: str, include_path: str | Path | None) -> tuple[Any, Path | Non
     except (ConnectionError, FileNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{name}: the data must be local or within reach, got: {reason}") from error
+    except (LookupError, TypeError, ValueError, TemplateError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{name}: its YAML must fit lm-eval and name splits and fields of the data, got {reason}") from error
     if task is None:
         raise DataError(f"{name}: must be a single task, got a group; name its members")
-    return task, manager.task_index[name].yaml_path
+    return task
 
 
-def _plain(document: Any) -> bytes:
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, default=str).encode()
+def _plain(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, default=_source).encode()
+
+
+def _source(value: Any) -> str:
+    """Returns the text of the module that a function or class stands in; of anything else what Python prints."""
+    try:
+        return f"{value.__qualname__}\n{Path(inspect.getfile(value)).read_text(encoding='utf-8')}"
+    except (AttributeError, TypeError, OSError):
+        return str(value)
 
 
 def _texts(task: Any, document: Any) -> tuple[str, str]:
@@ -186,7 +213,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
         raise InvalidArgument("tasks must name at least one task, got none")
     if include_path is not None and not Path(include_path).is_dir():
         raise InvalidArgument(f"include_path must be a folder of task YAML files, got {include_path}")
-    manager = _stock_tasks() if include_path is None else _own_tasks(str(include_path), tasks)
+    manager = _stock_tasks() if include_path is None else _own_tasks(Path(include_path), tasks)
     for task in tasks:
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks, n=3)
@@ -195,13 +222,25 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     return manager
 
 
-def _own_tasks(folder: str, tasks: Sequence[str]) -> Any:
+def _own_tasks(folder: Path, tasks: Sequence[str]) -> Any:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=folder, include_defaults=False)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     if {*tasks} <= {*manager.all_tasks}:
         return manager
-    return TaskManager(include_path=folder, include_defaults=True)
+    _refuse_broken(folder)
+    return TaskManager(include_path=str(folder), include_defaults=True)
+
+
+def _refuse_broken(folder: Path) -> None:
+    """Refuses files that are no YAML, which lm-eval passes over."""
+    import yaml
+
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: must be valid YAML, got {' '.join(str(error).split())}; correct it") from None
 
 
 @cache
@@ -217,21 +256,36 @@ def _result(found: Mapping[str, Any], name: str) -> TaskResult:
     samples = sorted(found["samples"].get(name, []), key=lambda sample: sample["doc_id"])
     version = str(found["versions"].get(name, ""))
     documents = int(found["n-samples"].get(name, {}).get("original", 0))
-    return TaskResult(numbers, _items(samples), version, int(found["n-shot"].get(name) or 0), documents)
-
-
-def _items(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Returns the per-document values of a task's samples, one sample per document and filter."""
-    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-    items = {}
+    fewshot = int(found["n-shot"].get(name) or 0)
+    names, filters = _names(found, name), list(dict.fromkeys(sample["filter"] for sample in samples))
+    items: dict[str, Tensor] = {}
+    higher: dict[str, bool] = {}
     for kind in filters:
-        rows = [sample for sample in samples if sample["filter"] == kind]
-        for metric in rows[0]["metrics"]:
-            values = [row.get(metric) for row in rows]
-            if all(_is_number(value) for value in values):
-                name = metric if len(filters) == 1 else f"{metric},{kind}"
-                items[name] = torch.tensor([float(value) for value in values], dtype=torch.float64)  # type: ignore[arg-type]
-    return items
+        for metric, column in _items([sample for sample in samples if sample["filter"] == kind]).items():
+            own, better = names.get(metric, (metric, None))
+            own = own if len(filters) == 1 else f"{own},{kind}"
+            items[own] = column
+            if better is not None:
+                higher[own] = better
+    return TaskResult(numbers, items, version, fewshot, documents, higher)
+
+
+def _names(found: Mapping[str, Any], name: str) -> dict[str, tuple[str, bool]]:
+    """Returns what a task's metrics are of one document, and whether more of it is better."""
+    names = {metric: (metric, better) for metric, better in found["higher_is_better"].get(name, {}).items()}
+    if found["configs"].get(name, {}).get("output_type") == "loglikelihood":
+        names["perplexity"] = "loglikelihood", True
+    return names
+
+
+def _items(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Returns the per-document values of one filter's samples, one per document."""
+    columns = {metric: [row.get(metric) for row in rows] for metric in rows[0]["metrics"]}
+    return {
+        metric: torch.tensor([float(value) for value in values], dtype=torch.float64)  # type: ignore[arg-type]
+        for metric, values in columns.items()
+        if all(_is_number(value) for value in values)
+    }
 
 
 def _is_number(value: Any) -> bool:
