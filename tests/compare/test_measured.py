@@ -12,6 +12,7 @@ from gradsieve.compare.config import TaskSettings, parse_config
 from gradsieve.compare.material import metrics_of
 from gradsieve.compare.run import Comparison
 from gradsieve.compare.training import Job, work
+from gradsieve.compare.units import directed, lower_is_better
 from gradsieve.errors import InvalidArgument
 
 TASK = """task: colours
@@ -24,7 +25,9 @@ doc_to_text: "{{{{question}}}} Answer:"
 output_type: multiple_choice
 doc_to_choice: options
 doc_to_target: gold
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: false}}
 metadata: {{version: 1.0}}
 """
 
@@ -40,11 +43,29 @@ def test_tasks_and_written_texts_are_measured_like_tests(content: dict[str, Any]
     one = comparison.run()[-1]
     measured = one.measurements()
     assert measured.items["colours"] == ["0", "1", "2", "3"]
+    assert set(measured.values["colours"]) == {"acc", "acc_norm (lower is better)"}
     assert set(measured.values["colours"]["acc"]) <= {0.0, 1.0}
     assert len(measured.values["asked"]["stopped"]) == 3
     assert one.record["inputs"]["tasks"]["colours"]["limit"] == 4
     assert one.generations()[0]["item"] == measured.items["asked"][0]
     assert "colours" in (comparison.study / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("metric", "declared", "name", "lower"),
+    [
+        ("acc", True, "acc", False),
+        ("acc", None, "acc", False),
+        ("error", False, "error (lower is better)", True),
+        ("error", None, "error", False),
+        ("nll,strict", False, "nll,strict", True),
+        ("loss", True, "loss (higher is better)", False),
+        ("loglikelihood", True, "loglikelihood", False),
+    ],
+)
+def test_what_a_task_says_is_better_of_its_metrics_counts(metric: str, declared: bool | None, name: str, lower: bool) -> None:
+    assert directed(metric, declared) == name
+    assert lower_is_better(name) == lower
 
 
 def test_documents_of_local_tasks_are_searched_for_leaks_and_others_noted(content: dict[str, Any], tmp_path: Path) -> None:

@@ -20,12 +20,8 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE
 from gradsieve.compare.records import Finished, Measurements
 from gradsieve.compare.statistics import Draws, Estimate, Floats, estimate, interval, replicates
+from gradsieve.compare.units import lower_is_better
 from gradsieve.errors import DataError
-
-LOWER_IS_BETTER = frozenset(
-    {"loss", "nll", "key_loss", "kl", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
-)
-"""Metrics of which less is better; of all others more is."""
 
 Key = tuple[str, str | None, str]
 """An arm at a budget in a view."""
@@ -132,7 +128,7 @@ class Paired:
 
     def _differences(self, key: Key, other: Key, test: str, metric: str, seeds: Sequence[int]) -> Floats:
         """D of the module, [S, I]."""
-        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+        sign = -1.0 if lower_is_better(metric) else 1.0
         return sign * (self.values(key, seeds, test, metric) - self.values(other, seeds, test, metric))
 
     def _draws(self, table: Floats, test: str, metric: str) -> tuple[Draws, Floats]:

@@ -22,6 +22,7 @@ from gradsieve.compare.config import BASE, Arm, Config
 from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.records import Values
 from gradsieve.compare.subsets import Subset
+from gradsieve.compare.units import directed
 from gradsieve.data import Tokens
 from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import Generated, KeptBase, TaskResult, TestSet, harness, keep_base, measure
@@ -281,9 +282,11 @@ def _measure(
 
 
 def _task(model: Any, name: str, material: Material) -> dict[str, npt.NDArray[np.float64]]:
-    """Returns what a task of lm-evaluation-harness gives per document."""
+    """Returns what a task of lm-evaluation-harness gives per document, under names that say what is better of it."""
     found = run_task(model, name, material, material.config.tasks[name].limit)
-    return {metric: column.double().numpy() for metric, column in found.items.items()}
+    return {
+        directed(metric, found.higher_is_better.get(metric)): column.double().numpy() for metric, column in found.items.items()
+    }
 
 
 def run_task(model: Any, name: str, material: Material, limit: int | None) -> TaskResult:
