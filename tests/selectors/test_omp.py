@@ -179,7 +179,7 @@ def test_the_gain_of_an_exchange_is_that_of_solving_without_the_one_and_with_the
         w = np.linalg.solve(rows @ rows.T + ridge * np.eye(len(rows)), rows @ b)
         return w, np.square(b - rows.T @ w).sum() + ridge * np.square(w).sum()
 
-    support = _Support(12, ridge)
+    support = _Support(12, ridge, 9)
     for i, row in enumerate(torch.tensor(A)):
         support.append(i, row, torch.tensor(b))
     w, value = least(A)
@@ -188,6 +188,43 @@ def test_the_gain_of_an_exchange_is_that_of_solving_without_the_one_and_with_the
         for into in range(7):
             after = least(np.vstack([np.delete(A, out, 0), F[into]]))[1]
             assert float(gains[out, into]) == pytest.approx(value - after)
+
+
+def test_a_place_that_an_exchange_leaves_free_is_filled():
+    left = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        G, b = rng.normal(size=(60, 12)).astype(np.float32).astype(np.float64), rng.normal(size=12)
+        k, ridge = int(rng.choice([5, 10])), float(rng.choice([0.0, 0.05, 0.5])) * 12
+        found = solve(G, b, k, ridge, exchange=True)
+        if found.stop == "limit":
+            assert len(found.rows) == k, seed
+            left += len(found.picks) - found.exchanged > len(found.rows)
+    assert left > 10  # rows did leave
+
+
+def test_an_exchange_takes_the_first_of_equal_rows():
+    exchanged = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        G = np.repeat(rng.normal(size=(60, 12)), 3, axis=0).astype(np.float32).astype(np.float64)
+        found = solve(G, rng.normal(size=12), 6, 0.0, exchange=True)
+        assert not (found.rows % 3).any(), seed
+        exchanged += found.exchanged
+    assert exchanged > 60
+
+
+def test_the_arrays_grow_by_half_and_never_beyond_the_limit():
+    support = _Support(200, 1.0, 70)
+    rows, b = torch.randn(70, 200, generator=torch.Generator().manual_seed(0)).double(), torch.ones(200).double()
+    for i, row in enumerate(rows):
+        support.append(i, row, b)
+        assert len(support._A) == len(support._K) == len(support._Q) <= max(16, 1.5 * (i + 1))
+    assert len(support._A) == 70
+    weights = torch.linalg.solve(rows @ rows.T + torch.eye(70), rows @ b)
+    kept = support.exchange_gains(rows[:1], torch.zeros(1).double(), weights)
+    assert kept.shape == (70, 1)
+    assert torch.allclose(support._Q.T @ support._Q @ support._h, weights)
 
 
 def test_an_exchange_by_hand():

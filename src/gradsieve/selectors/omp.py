@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradsieve.selectors.dense import DenseRows, Rows
 
@@ -101,8 +102,8 @@ def match_gradient(
         exchange: Whether rows are exchanged at the end.
 
     Returns:
-        The match, in O(nd + t(t + d)) for the t-th step. Beside G it keeps 8(2t² + td) bytes for t rows with weight, and
-        400n for the products of a draft.
+        The match, in O(nd + t(t + d)) for the t-th step. Beside G it keeps 400n bytes for the products of a draft, and
+        8(2s² + sd) for up to t rows with weight, s at most 1.5t and never above `limit`, half as much again while they grow.
     """
     rows: Rows = DenseRows.of(G) if isinstance(G, Tensor) else G
     worth = (price.min() / price).sqrt().float() if price is not None and per_price else None  # at most 1: ties stay ties
@@ -162,7 +163,7 @@ class _Pursuit:
         self._price, self._purse, self._worth = price, purse, worth
         self._length = float(b.norm())
         self._largest = float(G.squares.max().sqrt())
-        self._support = _Support(G.width, ridge)
+        self._support = _Support(G.width, ridge, limit)
         self._taken = torch.zeros(len(G.squares), dtype=torch.bool)
         self._last = _Step(-1, [], torch.zeros(0, dtype=torch.float64), b, self._length**2)
         self._picks: list[int] = []
@@ -196,8 +197,8 @@ class _Pursuit:
         return self._value(c, self._last).topk(count).indices.sort().values
 
     def resume(self) -> None:
-        """Lets the pursuit go on if the purse had ended it: an exchange may have left something to spend."""
-        if self.stop == "spent":
+        """Lets the pursuit go on after an exchange that left something to spend, or a place: a second row may have left."""
+        if self.stop == "spent" or len(self._last.rows) < self._limit:
             self.stop = None
 
     def draft(self, few: Tensor, F: Tensor, length: int) -> None:
@@ -255,9 +256,8 @@ class _Pursuit:
             c: Products of all rows with the residual: float32 [n].
         """
         last, support = self._last, self._support
-        open_ = c.masked_fill(self._taken | ~(c > 0), -math.inf)
-        few = open_.topk(min(EXCHANGE_SHORTLIST, int((open_ > 0).sum()))).indices.sort().values
-        if not len(few) or not len(last.rows):
+        few = self._aligned_most(c)
+        if not len(few) or not len(last.rows) or self._exchanged == self._limit:
             return False
         F = self._G.take(few).double()
         gain = support.exchange_gains(F, F @ last.residual, last.weights)
@@ -265,11 +265,11 @@ class _Pursuit:
             spare = self._purse - float(self._price[last.rows].sum())
             dearer = self._price[few][None, :] - self._price[last.rows][:, None]
             gain = gain.masked_fill(dearer > spare, -math.inf)
-        pairs = gain.flatten().topk(min(EXCHANGE_TRIES, gain.numel()))
-        for value, pair in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
-            if not value > EXCHANGED * last.objective:
+        for _ in range(EXCHANGE_TRIES):
+            if not gain.max() > EXCHANGED * last.objective:
                 break
-            out, into = divmod(pair, len(few))
+            into, out = divmod(int((gain >= gain.max() - TIE * last.objective).T.int().argmax()), len(last.rows))
+            gain[out, into] = -math.inf
             weights = support.exchange(out, int(few[into]), F[into], self._b, last.weights)
             step = self._step(int(few[into]), weights) if weights is not None else last
             if step.objective < (1 - EXCHANGED) * last.objective:
@@ -277,9 +277,19 @@ class _Pursuit:
                 self._picks.append(step.pick)
                 self._error.append(float(step.residual.norm()) / self._length)
                 self._exchanged += 1
-                return self._exchanged < self._limit
+                return True
             support.restore(last.rows, self._G, self._b)  # with w ≥ 0 it gains less than without
         return False
+
+    def _aligned_most(self, c: Tensor) -> Tensor:
+        """Returns the rows that may come in an exchange, of equal products the first: int64 [q], ascending."""
+        open_ = c.masked_fill(self._taken | ~(c > 0), -math.inf)
+        count = min(EXCHANGE_SHORTLIST, int((open_ > 0).sum()))
+        if not count:
+            return torch.zeros(0, dtype=torch.long)
+        least, tie = float(open_.topk(count).values[-1]), TIE * self._largest * float(self._last.residual.norm())
+        above, level = open_ > least + tie, (open_ - least).abs() <= tie
+        return torch.cat([above.nonzero(), level.nonzero()[: count - int(above.sum())]]).flatten().sort().values
 
     def _best(self, c: Tensor, residual: Tensor | None = None) -> int:
         r = self._last.residual if residual is None else residual
@@ -342,12 +352,12 @@ class _Support:
     """The rows A [t, d] that have weight, K = AA' + ridge·I, h = A b, and the inverse Q of K's Cholesky factor: Q K Q' = I.
 
     With Q at hand a step needs matrix-vector products only. Everything is float64 and lies in the leading part of arrays
-    that double when they are full.
+    that grow by half when they are full, up to `limit` rows.
     """
 
-    def __init__(self, d: int, ridge: float) -> None:
+    def __init__(self, d: int, ridge: float, limit: int) -> None:
         self.rows: list[int] = []
-        self._ridge = ridge
+        self._ridge, self._limit = ridge, limit
         self._A = torch.zeros(16, d, dtype=torch.float64)
         self._K = torch.zeros(16, 16, dtype=torch.float64)
         self._Q = torch.zeros(16, 16, dtype=torch.float64)
@@ -462,5 +472,7 @@ class _Support:
 
     def _grow(self) -> None:
         t = len(self._A)
-        self._A, self._h = (torch.cat([x, torch.zeros_like(x)]) for x in (self._A, self._h))
-        self._K, self._Q = (torch.block_diag(x, torch.zeros(t, t, dtype=torch.float64)) for x in (self._K, self._Q))
+        more = max(1, min(t // 2, self._limit - t))
+        self._A, self._h = functional.pad(self._A, (0, 0, 0, more)), functional.pad(self._h, (0, more))
+        self._K = functional.pad(self._K, (0, more, 0, more))  # one after the other: only one is there twice
+        self._Q = functional.pad(self._Q, (0, more, 0, more))
