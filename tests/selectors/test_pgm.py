@@ -138,6 +138,25 @@ def test_a_budget_that_is_no_multiple_of_a_mini_batch_is_a_stated_shortfall(make
     )
 
 
+@pytest.mark.parametrize(("n", "parts"), [(10, 3), (9, 3), (103, 4), (12, 1)])
+def test_the_whole_pool_can_be_taken(n, parts):
+    near = 1 + 0.01 * torch.randn(n, 200, generator=torch.Generator().manual_seed(n))
+    problem = Problem(ArrayGradients([f"{i:03}" for i in range(n)], near), ArrayGradients(["t"], torch.ones(1, 200)))
+    selection = run(PGM(parts, 4, lam=5.0, tolerance=0.0), problem, n)
+    assert sorted(selection.rows.tolist()) == list(range(n))
+    assert not selection.notes
+
+
+def test_a_score_that_is_length_is_noted(make_problem):
+    problem = make_problem(60)
+    pool = problem.candidates
+    scores = run(PGM(2, 3), problem, 12).scores
+    pool.columns["completion_tokens"] = scores.argsort().argsort().double() + 1
+    selection = run(PGM(2, 3), problem, 12)
+    assert selection.trace["length_correlation"] == {"score": pytest.approx(1.0, abs=0.01)}
+    assert "score is largely a measure of length" in selection.notes[0]
+
+
 def test_parts_in_which_nothing_is_aligned_are_a_stated_shortfall():
     G = torch.tensor([[-1.0, 0.1 * i] for i in range(8)])
     problem = Problem(ArrayGradients([str(i) for i in range(8)], G), ArrayGradients(["t"], torch.tensor([[1.0, -0.01]])))

@@ -16,7 +16,7 @@ from gradsieve.selectors.dense import finite_blocks, squared_norms
 from gradsieve.selectors.g2is import largest_remainder
 from gradsieve.selectors.gradmatch import Matched, check_match, wanted_gradient
 from gradsieve.selectors.omp import Match, match_gradient
-from gradsieve.selectors.ranking import id_order
+from gradsieve.selectors.ranking import id_order, length_check
 from gradsieve.selectors.reading import require, zero_note
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
@@ -115,9 +115,11 @@ class PGM:
         share = union.weights / deal.sizes[union.picks]
         weights = share.repeat_interleave(deal.sizes[union.picks].long()) * len(rows)
         spent = float(deal.price[union.picks].sum())
-        notes += _shortfall(union.found, spent, len(rows), deal.purse, budget, size)
+        correlation, length_notes = length_check({"score": scores}, pool)
+        notes += [*length_notes, *_shortfall(union.found, spent, len(rows), deal.purse, budget, size)]
         errors = {count: float((own.reached - wanted).norm() / wanted.norm()) for count, own in unions.items()}
         trace: dict[str, Any] = {"match": self.match, "parts": union.parts, "error_by_partitions": errors}
+        trace["length_correlation"] = correlation
         if counts:  # the choice first, as the report's bars have it
             trace["bars"] = {
                 "error by number of parts": {f"{c} parts" if c > 1 else "1 part": errors[c] for c in [parts, *counts]}
@@ -130,7 +132,7 @@ class PGM:
         The parts come in groups whose gradients are summed in one pass over the sketches; those of a group are solved at once.
         """
         parts = torch.arange(len(deal.sizes)).tensor_split(count)
-        purses = deal.shares([float(deal.sizes[part].sum() / deal.sizes.sum()) for part in parts])
+        purses = deal.shares(parts)
         found: list[Match] = []
         reached = torch.zeros_like(wanted)
         facts = []
@@ -203,11 +205,19 @@ class _Deal:
         """Returns the rows of mini-batch `first`, or of those from `first` to before `last`."""
         return self._shuffled[first * self._size : (first + 1 if last is None else last) * self._size]
 
-    def shares(self, weights: Sequence[float]) -> list[float]:
-        """Returns each part's share of the purse: whole mini-batches by largest remainder, or tokens."""
+    def shares(self, parts: Sequence[Tensor]) -> list[float]:
+        """Returns each part's share of the purse: tokens, or whole mini-batches by largest remainder.
+
+        What is left of the latter is the last part's, which has the mini-batch that may hold fewer.
+        """
+        if self.purse >= float(self.price.sum()):
+            return [float(self.price[part].sum()) for part in parts]
+        weights = torch.tensor([float(self.sizes[part].sum() / self.sizes.sum()) for part in parts])
         if self._of_tokens:
-            return [weight * self.purse for weight in weights]
-        return [float(self._size * count) for count in largest_remainder(int(self.purse) // self._size, torch.tensor(weights))]
+            return [weight * self.purse for weight in weights.tolist()]
+        whole, left = divmod(int(self.purse), self._size)
+        shares = [float(self._size * count) for count in largest_remainder(whole, weights)]
+        return [*shares[:-1], shares[-1] + left]
 
     def means(self, first: int, last: int) -> Tensor:
         """Returns the mean sketches of mini-batches [first, last), summed in float64 in one pass: float32 [last - first, d]."""
