@@ -11,7 +11,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.ogs_anchor import anchor_cosine, anchor_notes, subspace_orth, worst_conflict
 from gradsieve.selectors.ogs_static import OGSStatic
 from gradsieve.selectors.orth_only import OrthOnly
-from gradsieve.types import ArrayGradients, Budget, Problem, Reference
+from gradsieve.types import ArrayGradients, Budget, Problem, Reference, Selection
 
 CATEGORIES = ("code", "knowledge", "math")
 
@@ -179,6 +179,30 @@ def test_the_nearest_targets_see_what_their_mean_averages_away(utility):
     assert separates(found) > 0.95 > separates(pool.columns["dot/target"] / pool.columns["norm"]) + 0.05
     all_of_them = replace(nearest, neighbours=99).select(problem, budget, torch.Generator())
     assert all_of_them.trace["utility"] != selection.trace["utility"]
+
+
+@pytest.mark.parametrize("utility", ["nearest", "hidden"])
+def test_a_target_without_a_direction_is_left_out_by_name(utility):
+    rng = torch.Generator().manual_seed(0)
+    G, T = torch.randn(50, 12, generator=rng), torch.randn(4, 12, generator=rng)
+    T[2] = 0
+    names = [f"t{i}" for i in range(4)]
+
+    def chosen(keep: list[int], T: torch.Tensor = T) -> Selection:
+        pool = ArrayGradients.from_matrix(G, references={"target": G[1], "anchor": G[0]})
+        rows = T[keep]
+        pool = ArrayGradients(pool.ids, G, pool.columns, {"hidden": G})
+        targets = ArrayGradients([names[i] for i in keep], rows, {}, {"hidden": rows})
+        method = OGSStatic(against="plain", utility=utility, neighbours=3)
+        return method.select(Problem(pool, targets), Budget.parse("10"), torch.Generator())
+
+    with_zero, without = chosen([0, 1, 2, 3]), chosen([0, 1, 3])
+    assert with_zero.trace["utility"] == without.trace["utility"]
+    of = "hidden state" if utility == "hidden" else "gradient"
+    assert f"1 of 4 targets have a zero {of}, which has no direction; left out: t2" in with_zero.notes
+    assert not any("left out" in note for note in without.notes)
+    with pytest.raises(InvalidArgument, match="'t1' must be finite"):
+        chosen([0, 1, 3], T.index_fill(0, torch.tensor([1]), torch.nan))
 
 
 def test_a_pool_of_one_direction_that_the_target_shares_is_refused():

@@ -176,6 +176,10 @@ class OGSStatic:
         states = Directions.of(pool, "hidden") if "hidden" in self.needs else None
         zero = zero if states is None else zero | states.zero
         notes = zero_note(pool, zero, "ogs-static")
+        targets = self._target_directions(problem)
+        if targets is not None:
+            what = "hidden state" if self.utility == "hidden" else "gradient"
+            notes += zero_note(targets.gradients, targets.zero, "ogs-static", "targets", what)
 
         means = self.against == "categories"
         risks = [self._risk_of(cosines(pool, name), mean=means) for name in references]
@@ -185,7 +189,7 @@ class OGSStatic:
         risk = torch.stack(risks).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
-            scores["utility"] = self._utility(problem, states or directions).where(~zero, torch.nan)
+            scores["utility"] = self._utility(pool, states or directions, targets).where(~zero, torch.nan)
             references = ["target", *references] if self.utility == "mean" else references
         shown = {"overlap" if name == "risk" and self._overlaps else name: values for name, values in scores.items()}
         correlation, length_notes = length_check(shown, pool)
@@ -218,10 +222,16 @@ class OGSStatic:
     def _overlaps(self) -> bool:
         return self.risk == "overlap" and self.against != "contrast"
 
-    def _utility(self, problem: Problem, directions: Directions | None) -> Tensor:
-        if self.utility != "mean" and directions is not None and problem.targets is not None:
-            return nearest_targets(directions, problem.targets, self.neighbours)
-        utility = cosines(problem.candidates, "target")
+    def _target_directions(self, problem: Problem) -> Directions | None:
+        """The targets one by one, where the nearest of them count."""
+        if not self._ranks_by_utility or self.utility == "mean" or problem.targets is None:
+            return None
+        return Directions.of(problem.targets, "hidden" if self.utility == "hidden" else None)
+
+    def _utility(self, pool: Gradients, directions: Directions | None, targets: Directions | None) -> Tensor:
+        if directions is not None and targets is not None:
+            return nearest_targets(directions, targets, self.neighbours)
+        utility = cosines(pool, "target")
         return centred(utility, directions) if self.center and directions is not None else utility
 
     def _strata(self, pool: Gradients, by_id: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.directions import Directions, unit_rows
 from gradsieve.selectors.ranking import exact_mean
-from gradsieve.types import Gradients
 
 
 def centrality(directions: Directions) -> Tensor:
@@ -38,7 +37,7 @@ def centred(utility: Tensor, directions: Directions) -> Tensor:
     return ((utility - shared * target) / own.sqrt()).where((1 - shared.square() > 1e-6) | utility.isnan(), 0.0)
 
 
-def nearest_targets(directions: Directions, targets: Gradients, neighbours: int) -> Tensor:
+def nearest_targets(directions: Directions, targets: Directions, neighbours: int) -> Tensor:
     """Returns the mean of each row's largest cosines to the targets, after centring: float64 [n]; O(nmd).
 
     With μ the pool's mean unit row, cos(u - μ, v - μ) for every unit target v; the mean of the `neighbours` largest. A row that
@@ -46,14 +45,14 @@ def nearest_targets(directions: Directions, targets: Gradients, neighbours: int)
 
     Args:
         directions: Unit sketches of the pool, or unit rows of a representation.
-        targets: m of them, which have the same.
+        targets: The same of m targets; those without a direction do not count.
         neighbours: How many count, at least 1.
 
     Raises:
         InvalidArgument: No target has a direction of its own.
     """
     mean = directions.mean
-    V = unit_rows(targets.rows(torch.arange(len(targets.ids)), directions.checkpoint)) - mean
+    V = targets.rows((~targets.zero).nonzero().flatten()) - mean
     V = unit_rows(V[V.square().sum(1) > 1e-12])
     if not len(V):
         raise InvalidArgument("utility needs a target that differs from the pool's mean direction, got none; use utility mean")
