@@ -76,6 +76,14 @@ def test_a_pattern_matches_columns_in_order():
     assert matching(pool(columns), "dot/contrast/anchor:*") == ["dot/contrast/anchor:a", "dot/contrast/anchor:b"]
 
 
+@pytest.mark.parametrize("name", ["dot/anchor:math [en]", "dot/anchor:why?", "dot/anchor:*"])
+def test_a_column_stands_for_itself_whatever_its_name_holds(name):
+    columns = {name: torch.tensor([1.0, 2.0, torch.nan]), "dot/anchor:whys": torch.ones(3)}
+    assert matching(pool(columns), name) == [name]
+    with pytest.raises(InvalidArgument, match="must be finite, got nan for 'id2'"):
+        require(Problem(pool(columns)), {name}, "m")
+
+
 def test_cosines_divide_by_the_norm_and_are_undefined_for_zero():
     g = pool({"norm": torch.tensor([2.0, 0.0, 4.0]), "dot/anchor": torch.tensor([1.0, 0.0, -4.0])})
     assert torch.allclose(cosines(g, "anchor"), torch.tensor([0.5, torch.nan, -1.0], dtype=torch.float64), equal_nan=True)

@@ -38,8 +38,8 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
 
     Args:
         problem: What the method is about to read.
-        needs: As in `Selector.needs`; a name with `*` asks for at least one column that matches, one with `?` at its end for a
-            column whose values the method checks itself.
+        needs: As in `Selector.needs`; a name with `*` asks for at least one column that matches, `meta/NAME?` for a column
+            whose values the method checks itself. A name that a column has stands for that column alone.
         method: The method's name, for the message.
         budget: If given and counted in tokens, the `tokens` column is needed too.
 
@@ -56,8 +56,8 @@ def require(problem: Problem, needs: Iterable[str], method: str, budget: Budget 
     there |= dict.fromkeys(pool.representations, True)
     if problem.targets is not None and len(problem.targets.ids):
         there |= {f"{name}/targets": True for name in problem.targets.representations}
-    unchecked = {need.removesuffix("?") for need in asked if need.endswith("?")}
-    for need in sorted({need.removesuffix("?") for need in asked}):
+    unchecked = {need.removesuffix("?") for need in asked if need.startswith("meta/") and need.endswith("?")}
+    for need in sorted({need.removesuffix("?") if need.startswith("meta/") else need for need in asked}):
         if not there.get(need, False) and not (need not in there and matching(pool, need)):
             raise InvalidArgument(_missing(pool, need, method))
         for name in sorted(set(matching(pool, need)) - unchecked):
@@ -84,7 +84,9 @@ def check_warmup(share: float, epochs: int) -> None:
 
 
 def matching(gradients: Gradients, pattern: str) -> list[str]:
-    """Returns the names of the columns that match the pattern, sorted."""
+    """Returns the names of the columns that match the pattern, sorted; of a column's own name that one: it may hold `[`."""
+    if pattern in gradients.columns:
+        return [pattern]
     return sorted(name for name in gradients.columns if fnmatchcase(name, pattern))
 
 
