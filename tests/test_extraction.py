@@ -95,6 +95,10 @@ def test_pairs_that_exchanged_their_answers_are_not_torn_apart(data: dict[str, s
     source = find_model(tiny_model)
     compute = ComputeSettings(EngineSettings("linear", SketchPlan(4096, 0)), torch.float32, "cpu", 100)
     examples = list(read_examples([data["anchor"]]).examples)
+    one_of_two = [
+        dataclasses.replace(one, messages=(*one.messages[:-1], {"role": "assistant", "content": ("Yes.", "No.")[i % 2]}))
+        for i, one in enumerate(examples)
+    ]
     exchanged, _ = contrast(corrupt(examples, "exchange"), "anchor", source, compute, None)
     answers = [[example.messages[-1]["content"] for example in side.examples] for side in (exchanged.right, exchanged.wrong)]
     units = linked(exchanged)
@@ -104,6 +108,13 @@ def test_pairs_that_exchanged_their_answers_are_not_torn_apart(data: dict[str, s
         assert sorted(answers[0][i] for i in unit) == sorted(answers[1][i] for i in unit)  # nothing of another unit
     numbers, _ = contrast(corrupt(examples, "numbers"), "anchor", source, compute, None)
     assert sorted(linked(numbers)) == [[i] for i in range(6)]
+    negated, _ = contrast(corrupt(one_of_two, "negate"), "anchor", source, compute, None)
+    assert sorted(linked(negated)) == [[i] for i in range(6)]  # equal answers that nobody exchanged are no link
+    alike, _ = contrast(corrupt(one_of_two, "exchange"), "anchor", source, compute, None)
+    said: list[str] = []
+    found = measure_references(source.load(torch.float32, "cpu"), compute, {"contrast/anchor": alike}, say=said.append)
+    assert "all 6 pairs of the contrast of anchor share answers" in said[0]
+    assert not found.halves
 
 
 def test_the_memory_of_exact_references_is_that_of_whole_gradients_in_the_models_precision(tiny_model: Path) -> None:

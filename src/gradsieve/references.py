@@ -35,10 +35,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Right examples and wrong copies of the same prompts (OGS-10), in the same order."""
+    """Right examples and wrong copies of the same prompts (OGS-10), in the same order.
+
+    Attributes:
+        right: The examples.
+        wrong: Their copies.
+        exchanged: Whether one's wrong answer may be another's right one.
+    """
 
     right: TokenSet
     wrong: TokenSet
+    exchanged: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +126,8 @@ def contrast(
     total = len(corruption.pairs) + len(corruption.skipped)
     left_out = total - len(both)
     note = f"{left_out} of {total} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
-    return Contrast(right, wrong), note if left_out else None
+    exchanged = corruption.how not in ("numbers", "negate", "option")  # of copies that were given nothing is known
+    return Contrast(right, wrong, exchanged), note if left_out else None
 
 
 def token_sets(source: Source) -> tuple[TokenSet, ...]:
@@ -225,9 +233,16 @@ def measure_references(
         (right, first), (wrong, second) = mean(source.right, engine), mean(source.wrong, engine)
         pairs: tuple[torch.Tensor, ...] = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
         units = linked(source)
-        if len(units) > 1:
-            pairs = tuple(torch.stack([side[unit].mean(0) for unit in units]) for side in pairs)
-        return right.minus(wrong, pairs), [pairs[0] - pairs[1]] if len(units) > 1 else []
+        if len(units) == 1:
+            say(
+                f"all {len(pairs[0])} pairs of the contrast of {source.right.name} share answers: its signal share is that of "
+                "single pairs, and no split-half correlation is known; give examples with more different answers"
+            )
+            return right.minus(wrong, pairs), []
+        sizes = torch.tensor([len(unit) for unit in units], device=pairs[0].device)
+        pairs = tuple(torch.stack([side[unit].mean(0) for unit in units]) for side in pairs)
+        weighted = (pairs[0] - pairs[1]) * (sizes * len(units) / sizes.sum())[:, None]
+        return right.minus(wrong, pairs, sizes), [weighted]
 
     with GradientEngine(model, settings, checkpointing=compute.checkpointing) as engine:
         for name, source in sources.items():
@@ -244,6 +259,8 @@ def linked(source: Contrast) -> list[list[int]]:
     Where answers are exchanged, the right answer of one pair is the wrong one of another: what the two add to the contrast is
     not independent, and neither a variance nor a split may come between them.
     """
+    if not source.exchanged:
+        return [[i] for i in sorted(range(len(source.right.tokens)), key=lambda i: source.right.keys[i])]
     first: dict[bytes, int] = {}
     group = list(range(len(source.right.tokens)))
     for side in (source.right, source.wrong):

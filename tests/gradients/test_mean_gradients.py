@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradsieve.gradients.directions import References
+from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
@@ -63,6 +63,17 @@ def test_a_contrast_of_pairs_has_the_noise_of_their_differences(twin: Any) -> No
     spread = float((differences - differences.mean(0)).square().sum())
     contrast = sides[0].minus(sides[1], pairs)
     assert contrast.noise == pytest.approx(spread / 3 / 4, rel=0.15)  # the sketch's own error: √(2/4096) a row
+
+
+def test_the_noise_of_groups_of_pairs_does_not_hang_on_their_sizes() -> None:
+    rng, sizes = torch.Generator().manual_seed(0), torch.tensor([64, *[2] * 18])
+    noises = []
+    for _ in range(300):  # the mean of 100 independent differences of variance 40 has 0.4
+        rows = torch.randn(100, 40, generator=rng)
+        groups = torch.stack([part.mean(0) for part in rows.split(sizes.tolist())])
+        left, right = (MeanGradient({"w": m}, 100, 0.0, torch.float32) for m in (rows.mean(0)[None], torch.zeros(1, 40)))
+        noises.append(left.minus(right, (groups, torch.zeros_like(groups)), sizes).noise)
+    assert sum(noises) / len(noises) == pytest.approx(0.4, rel=0.05)
 
 
 def test_a_scaled_example_counts_that_much(twin: Any) -> None:

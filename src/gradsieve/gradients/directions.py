@@ -84,23 +84,26 @@ class MeanGradient:
         """Returns ‖r‖²."""
         return float(sum(squared_norm(tensor[None]).sum() for tensor in self.tensors.values()))
 
-    def minus(self, other: MeanGradient, pairs: Sequence[Tensor] | None = None) -> MeanGradient:
+    def minus(self, other: MeanGradient, pairs: Sequence[Tensor] | None = None, sizes: Tensor | None = None) -> MeanGradient:
         """Returns the contrast D = self - other (OGS-10), emptying `other` to bound the memory.
 
-        Its noise is that of paired differences d_i = g_i - g'_i where `pairs` is given, (mean ‖d_i‖² - ‖D‖²)/(m - 1), with
-        ‖d_i‖² estimated without bias by ‖S d_i‖²: a right and a wrong answer to one prompt share most of their gradient, and
-        what they share is no noise of their difference. Without pairs it is the sum of both noises.
+        Its noise is that of paired differences d_u = g_u - g'_u where `pairs` is given, Σ n_u ‖d_u - D‖² / (m (U - 1)) with
+        m = Σ n_u, and ‖d_u‖² estimated without bias by ‖S d_u‖²: a right and a wrong answer to one prompt share most of their
+        gradient, and what they share is no noise of their difference. Without pairs it is the sum of both noises.
 
         Args:
             other: The mean of the corrupted copies.
-            pairs: float32 [m, d] twice, the sketches of the examples and, in the same order, of their copies; or the means of
+            pairs: float32 [U, d] twice, the sketches of the examples and, in the same order, of their copies; or the means of
                 groups of pairs that are independent of each other where the pairs are not.
+            sizes: n_u, the pairs in each group: [U]; one each by default.
         """
         tensors = {name: other.tensors.pop(name).neg_().add_(tensor) for name, tensor in self.tensors.items()}
         contrast = MeanGradient(tensors, self.count, self.noise + other.noise, self.dtype)
         if pairs is not None:
-            squares = (pairs[0] - pairs[1]).double().square().sum(1).mean()
-            contrast.noise = (float(squares) - contrast.squared_norm()) / (len(pairs[0]) - 1)
+            squares = (pairs[0] - pairs[1]).double().square().sum(1)
+            share = torch.ones_like(squares) if sizes is None else sizes.to(squares)
+            mean = float((share * squares).sum() / share.sum())
+            contrast.noise = (mean - contrast.squared_norm()) / (len(squares) - 1)
         return contrast
 
     def facts(self) -> Reference:
