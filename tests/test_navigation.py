@@ -53,6 +53,12 @@ def test_every_category_is_halved_by_itself(tokenized):
         assert Counter(half.examples[i].category for i in half.kept) == dict.fromkeys(names, 3)
 
 
+def test_small_categories_do_not_all_begin_with_the_same_half(tokenized):
+    threes = [len(half.kept) for half in split_anchor(tokenized(*((f"c{i}", 3) for i in range(10))))]
+    assert sorted(threes) in ([14, 16], [15, 15])  # of the first half alone: 20 and 10
+    assert [len(half.kept) for half in split_anchor(tokenized(*((f"c{i}", 1) for i in range(9))))] == [5, 4]
+
+
 def test_equal_examples_stay_together(tokenized):
     anchor = tokenized(("math", 5))
     twice = anchor.restricted("anchor", [0, 0, 1, 2, 3, 3, 4])

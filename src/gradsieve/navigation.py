@@ -24,8 +24,8 @@ CountPasses = Callable[[float, float, float], float]
 def split_anchor(anchor: TokenSet) -> tuple[TokenSet, TokenSet]:
     """Returns the anchor's examples that give the reference, and those that measure forgetting: halves of every category.
 
-    The order of the file does not matter: within a category examples are taken by turns in the order of their hash. Equal
-    examples stay together, or one half would hold what the other is measured on.
+    The order of the file does not matter: within a category examples are taken by turns in the order of their hash, the first
+    by the half that has fewer by then. Equal examples stay together, or one half would hold what the other is measured on.
 
     Raises:
         InvalidArgument: A half has fewer than 2 examples.
@@ -37,8 +37,8 @@ def split_anchor(anchor: TokenSet) -> tuple[TokenSet, TokenSet]:
     for i in ordered:
         category = anchor.examples[anchor.kept[i]].category
         if anchor.keys[i] not in place:
-            place[anchor.keys[i]] = turn.get(category, 0) % 2
-            turn[category] = turn.get(category, 0) + 1
+            place[anchor.keys[i]] = turn.setdefault(category, int(len(halves[1]) < len(halves[0])))
+            turn[category] = 1 - turn[category]
         halves[place[anchor.keys[i]]].append(i)
     if min(map(len, halves)) < 2:
         raise InvalidArgument(
