@@ -39,6 +39,12 @@ def test_equal_losses_have_equal_scores_and_go_by_id():
     assert selection.scores.unique().tolist() == [0.0]
 
 
+def test_a_distance_from_the_middle_that_measures_length_is_noted():
+    columns = {"loss": [1.0, 2.0, 3.0, 4.0, 5.0], "completion_tokens": [10.0, 30.0, 50.0, 31.0, 11.0]}
+    selection = run(Perplexity(), 2, **columns)
+    assert [note.split(" is ")[0] for note in selection.notes] == ["score"]
+
+
 def test_a_loss_that_measures_length_is_noted():
     columns = {"loss": [1.0, 2.0, 3.0, 4.0], "completion_tokens": [40.0, 30.0, 20.0, 10.0]}
     selection = run(Perplexity(), 2, **columns)
@@ -112,6 +118,11 @@ def test_metadata_that_is_missing_is_dropped_or_counts_as_the_median():
     assert filled.notes[0] == "2 of 5 examples have no stars and count as the median, 3: a, d"
     band = run(Metadata("stars", missing="drop", at_least=0.5), 2, meta__stars=stars)
     assert band.trace["between"] == [3.0, 5.0]  # quantiles of those that are there
+    some = [1.0, 2.0, 4.0, 9.0, *[float("nan")] * 4]
+    bands = {
+        missing: run(Metadata("stars", missing=missing, at_least=0.25), 2, meta__stars=some) for missing in ("drop", "median")
+    }
+    assert bands["median"].trace["between"] == bands["drop"].trace["between"] == [1.75, 9.0]
     with pytest.raises(InvalidArgument, match="metadata needs a number 'stars' in at least one example, got none"):
         run(Metadata("stars", missing="drop"), 1, meta__stars=[float("nan")])
     with pytest.raises(InvalidArgument, match="must be finite, got inf for '0'"):

@@ -74,7 +74,7 @@ class Metadata:
         pool = problem.candidates
         require(problem, self.needs, "metadata", budget)
         values, notes = self._filled(pool)
-        low, high = (percentile(values, 100 * q) for q in (self.at_least, self.at_most))
+        low, high = (percentile(pool.columns[f"meta/{self.column}"], 100 * q) for q in (self.at_least, self.at_most))
         outside = (values < low) | (values > high)
         if outside.any():
             notes.append(

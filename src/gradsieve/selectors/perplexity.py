@@ -56,7 +56,7 @@ class Perplexity:
         middle = (torch.searchsorted(ascending, loss) + torch.searchsorted(ascending, loss, side="right")) / 2
         scores = -(middle.double() - self.centre * n).abs() / n
         rows, shortfall = pay(best_first(scores, id_order(pool.ids)), pool, budget)
-        correlation, length_notes = length_check({"loss": loss}, pool)
+        correlation, length_notes = length_check({"loss": loss, "score": scores}, pool)
         trace = {
             "chosen_loss": [float(loss[rows].min()), float(loss[rows].max())] if len(rows) else None,
             "pool_loss": [float(ascending[0]), float(ascending[-1])],
