@@ -287,6 +287,21 @@ def test_a_mean_gradient_of_zero_is_refused():
         Surface.loss(g, torch.ones(3))
 
 
+def test_the_order_of_the_targets_changes_nothing(make_problem):
+    targets = make_problem(10, d=16, m=12).targets
+    turned = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    other = ArrayGradients([targets.ids[i] for i in turned], targets.rows(turned))
+    one, two = (Surface.loss(each, torch.ones(3)) for each in (targets, other))
+    assert torch.equal(one.root, two.root)
+    assert torch.equal(one.mean, two.mean)
+
+
+def test_a_sketch_that_is_not_finite_is_refused_by_name():
+    g = ArrayGradients(["a", "b"], torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]))
+    with pytest.raises(InvalidArgument, match="'b' must be finite"):
+        Surface.loss(g, torch.ones(3))
+
+
 def test_the_reward_scale_is_the_first_pace_kept_up(make_problem: Callable[..., Problem]):
     sim, _, _ = world(make_problem(40), "loss")
     best = max(float(episode(sim, (c,)).total[0, 0].abs()) for c in range(4))

@@ -95,7 +95,9 @@ class Curiosity:
         if shortfall and found.exhausted:
             notes.append(f"after {len(rows)} examples no other tells anything about the target's {len(V)} directions")
         center = T.mean(0)
-        cosine = directions.rows(rows) @ on_grid(center / center.norm()) if center.norm() > 0 else None
+        cosine = None
+        if center.norm() > 0:
+            cosine = torch.cat([directions.rows(part) @ on_grid(center / center.norm()) for part in rows.split(4096)])
         against = float((cosine < 0).double().mean()) if cosine is not None else None
         if against is not None and against > 0.25:
             notes.append(

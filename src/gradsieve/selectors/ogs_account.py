@@ -80,7 +80,9 @@ def cluster_notes(clusters: int, general_clusters: int, general: list[bool]) -> 
         ("general_clusters", general_clusters, sum(general)),
     ):
         if 0 < found < asked:
-            notes.append(f"{name}: {found} were found where {asked} were asked for; there are no more distinct directions")
+            notes.append(
+                f"{name}: {found} were found where {asked} were asked for: a sample of the rows has no more directions"
+            )
     return notes
 
 

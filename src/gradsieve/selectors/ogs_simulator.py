@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
+from gradsieve.selectors.dense import dense
 from gradsieve.selectors.directions import Directions, on_grid
 from gradsieve.selectors.ogs_draws import Draws, grouped_sum
+from gradsieve.selectors.ranking import id_order
 from gradsieve.types import Gradients
 
 CLUSTER_FEATURES = 12
@@ -58,9 +60,9 @@ class Surface:
         """Returns the change of these examples' mean loss when every row drawn adds u_i to δ (Eq. OGS-9).
 
         Raises:
-            InvalidArgument: The mean gradient of the examples is zero.
+            InvalidArgument: The mean gradient of the examples is zero, or a sketch is not finite.
         """
-        G = gradients.rows(torch.arange(len(gradients.ids))).double()
+        G = dense(gradients, id_order(gradients.ids)).double()
         mean, root = G.mean(0), G / len(G) ** 0.5
         norm = mean.square().sum().sqrt()
         if not norm > 0:
