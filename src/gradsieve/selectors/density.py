@@ -49,22 +49,25 @@ def _kernel_sums(sample: Tensor, at: Tensor, bandwidth: float) -> Tensor:
 
 
 def _binned_kernel_sums(sample: Tensor, at: Tensor, bandwidth: float) -> Tensor:
-    """Linear binning at 1/32 bandwidth, the kernel cut at 6 bandwidths, linear interpolation."""
+    """Linear binning at 1/32 bandwidth, the kernel cut at 6 bandwidths, linear interpolation.
+
+    Only bins that something falls into are there, however far apart the sample lies.
+    """
     step, reach = bandwidth / 32, 6 * 32
-    start = sample[0] - 6 * bandwidth
-    bins = int((sample[-1] - sample[0]) / step) + 2 * reach + 2
 
-    def place(x: Tensor) -> tuple[Tensor, Tensor]:
-        position = (x - start) / step
-        left = position.floor().clamp(0, bins - 2)  # the last point may round to the last edge
-        return left.long(), position - left
+    def place(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the bins on both sides of every x, sorted, the places of these sides among them, and x's way between them."""
+        position = (x - sample[0]) / step
+        left = position.floor()
+        bins, index = torch.cat([left, left + 1]).long().unique(return_inverse=True)
+        return bins, index, position - left
 
-    left, part = place(sample)
-    mass = torch.bincount(left, 1 - part, minlength=bins) + torch.bincount(left + 1, part, minlength=bins)
-    sums = torch.zeros(bins, dtype=torch.float64)
+    filled, index, part = place(sample)
+    mass = torch.bincount(index, torch.cat([1 - part, part]))
+    bins, index, part = place(at)
+    sums = torch.zeros(len(bins), dtype=torch.float64)
     for shift in range(-reach, reach + 1):
-        weight = math.exp(-0.5 * (shift / 32) ** 2)
-        low, high = max(0, shift), bins + min(0, shift)
-        sums[low:high] += weight * mass[low - shift : high - shift]
-    left, part = place(at)
-    return sums[left] * (1 - part) + sums[left + 1] * part
+        found = torch.searchsorted(filled, bins - shift).clamp_(max=len(filled) - 1)
+        sums += math.exp(-0.5 * (shift / 32) ** 2) * mass[found].where(filled[found] == bins - shift, 0.0)
+    left, right = sums[index].chunk(2)
+    return left * (1 - part) + right * part
