@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,13 +51,7 @@ class Sides:
         return self._hashed("target", "anchor")
 
     def _hashed(self, *names: str) -> str:
-        hasher = xxhash.xxh3_128()
-        for name in names:
-            examples = getattr(self, name)
-            hasher.update(f"{name} {len(examples)}\n".encode())
-            for example in examples:
-                hasher.update(example.id.encode() + b"\n" + example.raw + b"\n" + (example.category or "").encode() + b"\n")
-        return str(hasher.hexdigest())
+        return _digest({name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +135,19 @@ class Material:
         _check_metrics(config, sets)
         return cls(config, source, device, resolve_dtype(config.dtype, device), template, sets, tasks, notes, sides)
 
+    @cached_property
+    def named_files(self) -> dict[str, Any]:
+        """What stands under `gradients` by the name of a file or model: a hash of its content by key."""
+        given = self.config.gradients
+        found: dict[str, Any] = {}
+        if given.get("warmup_recipe"):
+            found["warmup_recipe"] = xxhash.xxh3_128_hexdigest(Path(given["warmup_recipe"]).read_bytes())
+        if given.get("corrupted"):
+            found["corrupted"] = _digest({"corrupted": _read(self.config, given["corrupted"], "corrupted", self.notes)})
+        if given.get("navigator"):
+            found["navigator"] = find_model(given["navigator"], trust_remote_code=self.config.trust_remote_code).weights
+        return found
+
     def sides(self, seed: int) -> Sides:
         """Returns a seed's examples."""
         return self._sides[seed]
@@ -166,6 +175,16 @@ class Material:
             if note not in self.notes:
                 self.notes.append(note)
         return made
+
+
+def _digest(parts: Mapping[str, Sequence[Example]]) -> str:
+    """Returns the hash of named examples, in order."""
+    hasher = xxhash.xxh3_128()
+    for name, examples in parts.items():
+        hasher.update(f"{name} {len(examples)}\n".encode())
+        for example in examples:
+            hasher.update(example.id.encode() + b"\n" + example.raw + b"\n" + (example.category or "").encode() + b"\n")
+    return str(hasher.hexdigest())
 
 
 def read_test(config: Config, name: str, test: TestFiles, notes: list[str]) -> list[Example]:

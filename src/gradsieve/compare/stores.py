@@ -82,7 +82,13 @@ def method_settings(arm: Arm) -> dict[str, Any]:
 def gradient_settings(material: Material) -> dict[str, Any]:
     """Returns all that decides how gradients are taken, but the model and the data, as JSON has it."""
     config = material.config
-    own = {**config.gradients, "max_length": config.max_length, "dtype": str(material.dtype), "template": material.template}
+    own = {
+        **config.gradients,
+        **material.named_files,
+        "max_length": config.max_length,
+        "dtype": str(material.dtype),
+        "template": material.template,
+    }
     return dict(json.loads(json.dumps(own, default=str)))
 
 
