@@ -40,7 +40,7 @@ def small_content(folder: Path, tiny_model: Path) -> Content:
         "seeds": [0, 1],
         "views": ["equal_steps"],
         "steps": 2,
-        "recipe": {"batch": 4, "rank": 2, "epochs": 1},
+        "recipe": {"batch": 4, "rank": 2},
         "gradients": {"dim": 256, "unit_tokens": 400, "batch_tokens": 200},
         "dtype": "float32",
         "metrics": ["loss", "key_accuracy", "kl"],

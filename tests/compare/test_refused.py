@@ -32,21 +32,25 @@ def test_examples_that_leak_are_refused_or_dropped_and_listed(content: dict[str,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": {"surgery": "agem"}, "anchor": None}, "x.yaml: full--0--equal_steps: anchor must be given for surgery and"),
-        ({"recipe": {"replay_share": 0.5}, "anchor": None}, "x.yaml: full--0--equal_steps: anchor must be given for surgery"),
+        (
+            {"recipe": {"surgery": "agem"}, "anchor": None},
+            "x.yaml: anchor must be given for surgery and replay of full--0--equ",
+        ),
+        ({"recipe": {"replay_share": 0.5}, "anchor": None}, "x.yaml: anchor must be given for surgery and replay of full--0"),
         ({"arms": {"x": {"method": "random", "recipe": {"replay_share": 0.1}}}}, "x.yaml: x--25pct--0.*replay_share must make"),
         (
-            {"views": ["equal_repetition"], "recipe": {"batch": 64, "epochs": 1}},
+            {"views": ["equal_repetition"], "steps": None, "recipe": {"batch": 64, "epochs": 1}},
             "x.yaml: full--0--equal_repetition: warmup must leave a step at the full rate, got 0.1 of 1 steps; set it to 0",
         ),
         (
-            {"views": ["equal_repetition"], "recipe": {"batch": 6, "epochs": 1}},  # 4 steps of the whole pool
+            {"views": ["equal_repetition"], "steps": None, "recipe": {"batch": 6, "epochs": 1}},  # 4 steps of the whole pool
             "x.yaml: random--25pct--0--equal_repetition: warmup must leave a step at the full rate, got 0.1 of 1 steps",
         ),
         ({"recipe": {"report_to": ["trackerx"]}}, "x.yaml: full--0--equal_steps: report_to must name trackers"),
         ({"recipe": {"tuning": "full"}, "dtype": "bfloat16"}, "x.yaml: full--0.*full tuning needs float32.*dtype: float32"),
         ({"metrics": ["kl"]}, r"x.yaml: metrics must hold one that asked \(kind worked\) has besides kl, got kl; add loss"),
         ({"metrics": ["loss", "choice_norm"]}, "x.yaml: metrics must each be of some test's kind, got choice_norm for asked"),
+        ({"metrics": ["loss", "choice"]}, "x.yaml: metrics must each be of some test's kind, got choice for asked"),
         ({"tasks": {"arc_eazy": None}}, "tasks must be known to lm-eval, got 'arc_eazy'; did you mean arc_easy"),
     ],
 )
@@ -68,6 +72,89 @@ def test_a_role_that_an_arm_reads_must_be_there(content: dict[str, Any]) -> None
     content |= {"arms": {"replay": {"method": "random", "recipe": {"replay_share": 0.5}}}, "target": content.get("anchor")}
     del content["anchor"]
     with pytest.raises(
-        InvalidArgument, match=r"x\.yaml: replay--25pct--0--equal_steps: anchor must be given for surgery and rep"
+        InvalidArgument,
+        match=r"x\.yaml: anchor must be given for surgery and replay of replay--25pct--0--equal_steps, got none",
     ):
         Comparison.of(parse_config(content, "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"budgets": ["5000"]},
+            r"x\.yaml: budgets, in seed 0: budget must lie in \[1, 24\] \(the candidates\), got 5000; lower it",
+        ),
+        ({"budgets": ["1%"]}, r"x\.yaml: budgets, in seed 0: budget must be at least one example, got 1% of 24 candidates"),
+        ({"budgets": ["5tok"]}, r"x\.yaml: budgets, in seed 0: budget must hold the shortest candidate"),
+        ({"arms": {"less": {"budgets": ["25"]}}}, r"x\.yaml: arms\.less\.budgets, in seed 0: budget must lie in \[1, 24\]"),
+        ({"gradients": {"dim": 0}}, r"x\.yaml: gradients: dim must lie in \[16, 65536\], got 0"),
+        ({"gradients": {"batch_tokens": 0}}, r"x\.yaml: gradients: batch_tokens must be at least 1, got 0"),
+        ({"gradients": {"unit_tokens": -3}}, r"x\.yaml: gradients: unit_tokens must be at least 1, got -3"),
+        (
+            {"gradients": {"dedup": "near", "dedup_threshold": 5}},
+            r"x\.yaml: gradients: .*dedup.threshold must lie in \(0, 1\], got 5",
+        ),
+        ({"gradients": {"params": "lorra"}}, r"x\.yaml: gradients: params must be made of .*, got 'lorra'"),
+        ({"gradients": {"warmup_recipe": "no.yaml"}}, r"x\.yaml: gradients: no\.yaml: must be a readable YAML file"),
+        ({"gradients": {"corrupted": "no.jsonl"}}, r"x\.yaml: gradients: .*no\.jsonl"),
+        ({"gradients": {"navigator": "/nowhere"}}, r"x\.yaml: gradients: .*/nowhere"),
+        ({"gradients": {"replay": "more.jsonl"}}, r"x\.yaml: gradients: replay must be left out: .*; mix general examples in"),
+    ],
+)
+def test_what_would_fail_in_a_choice_is_refused_before_a_model_is_loaded(
+    content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GradsieveError, match=message):
+        Comparison.of(parse_config(content | {"arms": {"less": None}} | changes, "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"views": ["equal_repetition"], "steps": 60},
+            "steps must be left out where views has no equal_steps, .*, got 60; rem",
+        ),
+        (
+            {"recipe": {"epochs": 7}},
+            r"recipe\.epochs must be left out in the view equal_steps where steps is set, got 7; remove",
+        ),
+        (
+            {"arms": {"x": {"method": "random", "recipe": {"epochs": 2}}}},
+            r"arms\.x\.recipe\.epochs must be left out in the view",
+        ),
+        ({"recipe": {"anchor_batch": 3}}, r"recipe\.anchor_batch must be left out where no arm has surgery, got 3; remove it"),
+        (
+            {"arms": {"x": {"method": "random", "recipe": {"anchor_batch": 3}}}},
+            r"arms\.x\.recipe\.anchor_batch must be left out of an arm without surgery, got 3",
+        ),
+        ({"gradients": {"warmup_recipe": "no.yaml"}}, r"gradients\.warmup_recipe must be left out where no method trains the"),
+        ({"metrics": ["loss", "kl"], "tests": "asked"}, "metrics must hold kl only with a test of role general, got none"),
+    ],
+)
+def test_settings_that_nothing_would_come_of_are_refused(
+    content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    changed = content | {"arms": {"random": None}} | changes
+    if changed["tests"] == "asked":
+        changed["tests"] = {"asked": content["tests"]["asked"]}
+    with pytest.raises(GradsieveError, match=f"x.yaml: {message}"):
+        Comparison.of(parse_config(changed, "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("role", "test", "arm", "message"),
+    [
+        ("target", "asked", "less", "target must have an example for the arm less, got none in seed 0, as all that leak"),
+        ("anchor", "sums", "agem", "anchor must have an example for surgery and replay of agem--25pct--0--equal_steps, g"),
+    ],
+)
+def test_a_side_that_dropped_leaks_leave_empty_is_refused(
+    content: dict[str, Any], role: str, test: str, arm: str, message: str
+) -> None:
+    Path(content["tests"][test]["files"]).write_text(Path(content[role]).read_text())
+    content["tests"][test].pop("limit", None)
+    content["arms"] = {arm: content["arms"][arm]}
+    with pytest.raises(InvalidArgument, match=f"x.yaml: {message}"):
+        Comparison.of(parse_config(content, "x.yaml"), drop_leaks=True)

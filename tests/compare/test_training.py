@@ -18,7 +18,8 @@ from gradsieve.store import GradientStore
 
 
 def test_equal_steps_are_by_default_those_of_the_whole_pool(config: Config) -> None:
-    config = dataclasses.replace(config, arms=config.arms[:3], steps=None, seeds=(0,))
+    recipe = config.recipe | {"epochs": 1}
+    config = dataclasses.replace(config, arms=config.arms[:3], steps=None, seeds=(0,), recipe=recipe)
     comparison = Comparison.of(config)
     assert full_steps(config, 24) == 6
     assert {
@@ -51,6 +52,19 @@ def test_what_is_chosen_is_trained_in_its_order_with_its_weights_where_all_is_co
         0.5,
         0.5,
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "anchor", "replay"),
+    [({"surgery": "agem"}, 8, 0), ({"surgery": "pcgrad"}, 8, 0), ({"replay_share": 0.5}, 0, 8), ({}, 0, 0)],
+)
+def test_surgery_of_either_kind_has_the_anchor_and_replay_its_examples(
+    content: dict[str, Any], recipe: dict[str, Any], anchor: int, replay: int
+) -> None:
+    content["arms"] = {"x": {"method": "random", "recipe": recipe}}
+    material = Comparison.of(parse_config(content, "x.yaml")).material
+    job = make_job(material, Cell("x", "25%", 0, "equal_steps"), material.config.arm("x"), Subset(("pool-3",), (1.0,)))
+    assert (len(job.anchor), len(job.replay)) == (anchor, replay)
 
 
 def test_training_sees_the_ids_and_labels_that_gradients_were_taken_of(content: dict[str, Any]) -> None:
@@ -90,7 +104,7 @@ def test_full_tuning_leaves_no_trace_in_the_cells_that_follow(content: dict[str,
 def test_surgery_or_replay_of_all_arms_needs_no_steps_in_the_file(content: dict[str, Any]) -> None:
     del content["steps"]
     for own in ({"surgery": "agem", "anchor_batch": 2}, {"replay_share": 0.5}):
-        config = parse_config(content | {"recipe": content["recipe"] | own, "arms": {"random": None}}, "x.yaml")
+        config = parse_config(content | {"recipe": content["recipe"] | {"epochs": 1} | own, "arms": {"random": None}}, "x.yaml")
         assert full_steps(config, 24) == (6 if "surgery" in own else 12)  # half of each batch of 4 is replayed
         Comparison.of(config)
 

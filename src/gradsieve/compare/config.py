@@ -292,6 +292,8 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
     for key in ("model", "pool", "tests", "arms", "budgets"):
         if key not in given:
             raise DataError(f"{name}: {key} must be given, got none")
+    if not isinstance(given.get("seeds", []), list):
+        raise DataError(f"{name}: seeds must be a list, each seed by its name, got {given['seeds']!r}; write [0, 1, 2]")
     plain = {k: v for k, v in given.items() if k not in ("tests", "tasks", "arms", "recipe", "gradients")}
     kinds = get_type_hints(Config)
     fields = {key: typed(value, kinds[key], f"{name}: {key}") for key, value in plain.items()}
@@ -311,12 +313,6 @@ def parse_config(content: object, name: str, *, data: str | Path | None = None, 
         raise DataError(f"{name}: {error}") from None
     for budget in {*config.budgets, *(budget for arm in config.arms for budget in arm.budgets)}:
         _checked(partial(Budget.parse, budget), f"{name}: budgets")
-    for arm in config.arms:
-        if "epochs" in arm.recipe and "equal_repetition" not in config.views:
-            raise DataError(
-                f"{name}: arms.{arm.name}.recipe.epochs must be left out in the view equal_steps, in which all arms take the "
-                f"same steps, got {arm.recipe['epochs']}; write views: [equal_repetition]"
-            )
     return _placed(config, data)
 
 

@@ -232,10 +232,15 @@ def _check_metrics(config: Config, tests: Sequence[TestSet]) -> None:
                 f"{config.source}: metrics must hold one that {test.name} (kind {test.kind}) has besides kl, got "
                 f"{', '.join(config.metrics)}; add loss"
             )
-    for metric in config.metrics:
-        if metric not in METRICS and not any(fits(metric, test.kind) for test in tests):
+    for metric in () if config.metrics is METRICS else config.metrics:
+        fitting = [test for test in tests if fits(metric, test.kind)]
+        if not fitting:
             kinds = ", ".join(f"{test.name} ({test.kind})" for test in tests)
             raise InvalidArgument(f"{config.source}: metrics must each be of some test's kind, got {metric} for {kinds}")
+        if metric == "kl" and not any(test.role == "general" or "kl" in metrics_of(config, test) for test in fitting):
+            raise InvalidArgument(
+                f"{config.source}: metrics must hold kl only with a test of role general, got none; remove kl, or name one"
+            )
 
 
 def _read_tasks(config: Config, notes: list[str]) -> tuple[dict[str, list[Example]], dict[str, str | None]]:

@@ -23,7 +23,7 @@ from gradsieve import __version__
 from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, only_cells, plan_cells
-from gradsieve.compare.checks import check_arms, check_training
+from gradsieve.compare.checks import check_comparison
 from gradsieve.compare.config import BASE, Config
 from gradsieve.compare.material import Material, metrics_of, tokens_digest
 from gradsieve.compare.page import write_reports
@@ -90,8 +90,7 @@ class Comparison:
         """
         material = Material.read(config, drop_leaks=drop_leaks)
         cells = plan_cells(config)
-        check_arms(config)
-        check_training(material, cells)
+        check_comparison(material, cells)
         return cls(config, Path(config.out), material, cells)
 
     def run(

@@ -72,5 +72,5 @@ def expected_examples(material: Material, cell: Cell) -> int:
         return pool
     budget = Budget.parse(cell.budget)
     if budget.tokens is not None:
-        return max(1, min(pool, round(budget.tokens * pool / sum(lengths))))
-    return min(pool, budget.examples or max(1, int((budget.share or 1.0) * pool + 1e-9)))
+        return max(1, round(budget.tokens * pool / sum(lengths)))
+    return budget.examples or int((budget.share or 1.0) * pool + 1e-9)

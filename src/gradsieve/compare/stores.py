@@ -130,7 +130,7 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """
     own = _tokens(material, [seed])
     share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed)) | _held(store)).values())
-    mine, all_work = (_work(material, method, seed) for method in (selector(arm), _everything(material, arm)))
+    mine, all_work = _work(material, selector(arm), seed), shared_work(material, arm, seed)
     spent: Mapping[str, float] = read_json(store / "spent.json")["seconds"]
     seconds = 0.0
     for stage, taken in spent.items():
@@ -141,9 +141,14 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     return seconds
 
 
+def shared_work(material: Material, arm: Arm, seed: int) -> Mapping[str, float]:
+    """Returns what all gradients of one seed's data are that share a store with an arm's; see `_work`."""
+    return _work(material, _everything(material, arm), seed)
+
+
 def _work(material: Material, method: Selector, seed: int) -> Mapping[str, float]:
     """Returns what a method's gradients of one seed's data are from nothing, in token passes, repeated examples included."""
-    return passes(method, Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
+    return passes(method, Job(**job_settings(material) | {"dedup": "off"}), _data(material, seed))
 
 
 def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:
@@ -167,11 +172,11 @@ def _everything(material: Material, arm: Arm) -> _Everything:
 
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
     """Returns what all arms read whose gradients can be the arm's: at the same weights, with as much of the anchor."""
-    others = [other for other in material.config.arms if reads_store(other) and _kind(other) == _kind(arm)]
+    others = [other for other in material.config.arms if reads_store(other) and store_kind(other) == store_kind(arm)]
     return frozenset(need for other in others for need in selector(other).needs)
 
 
-def _kind(arm: Arm) -> tuple[Any, bool]:
+def store_kind(arm: Arm) -> tuple[Any, bool]:
     """Returns how the model is trained before, and whether half of the anchor is held out, as for a Navigator."""
     method = selector(arm)
     return warmup_of(method), "navigator" in method.needs
@@ -190,12 +195,13 @@ def ask(
 
     No Navigator is warmed up for the latter: it would train for nothing.
     """
-    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
+    settings = job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
     data = _data(material, seed) | ({} if pool is None else {"pool": pool})
     return select(method, **data, budget=budget, store=str(store), progress=progress, **settings)
 
 
-def _job_settings(material: Material) -> dict[str, Any]:
+def job_settings(material: Material) -> dict[str, Any]:
+    """Returns the fields of `Job` that say how gradients are taken, and with which model."""
     config = material.config
     return {**{name: getattr(config, name) for name in ("model", *SHARED)}, **config.gradients}
 
@@ -228,7 +234,7 @@ def navigator_passes(material: Material, arm: Arm, budget: str, seed: int) -> fl
     """Returns the work of the Navigator behind one choice, in token passes; 0 of a method that has none."""
     if "navigator" not in selector(arm).needs:
         return 0.0
-    return passes(selector(arm), Job(**_job_settings(material) | {"budget": budget}), _data(material, seed)).get(
+    return passes(selector(arm), Job(**job_settings(material) | {"budget": budget}), _data(material, seed)).get(
         "navigator", 0.0
     )
 
@@ -242,7 +248,7 @@ def _open(study: Path, material: Material, arms: Collection[str] | None) -> dict
 
 def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """What the job of one seed computes, with the rows of all seeds' pools in place of its own, and without what is there."""
-    work = _work(material, _everything(material, arm), seed)
+    work = shared_work(material, arm, seed)
     filled = _filled(store)
     there = _held(store) | _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
     wanted = _tokens(material, _together(material, arm, seed))
