@@ -202,6 +202,9 @@ def test_the_same_work_under_two_names_is_done_once(finished: Comparison, tmp_pa
     Comparison.of(dataclasses.replace(config, arms=[*config.arms, again])).run(told=lambda one, *_: told.append(one))
     assert [one.record["same_as"] for one in told] == ["less--25pct--0--equal_steps", "less--25pct--1--equal_steps"]
     assert [one.record["arm"] for one in told] == ["again", "again"]
+    kept = [json.loads((tmp_path / "study" / "selections" / "again--25pct--0.json").read_text()) for _ in told]  # of both seeds
+    spent = [(one.record["seconds"]["gradients"], one.record["seconds"]["select"]) for one in told]
+    assert spent == [(one["gradient_seconds"], one["select_seconds"]) for one in kept]
     twin = read_items(finished.study / "cells" / "less--25pct--0--equal_steps" / "items.parquet").values
     assert all((told[0].measurements().values[t][m] == twin[t][m]).all() for t in twin for m in twin[t])
 

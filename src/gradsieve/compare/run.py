@@ -301,7 +301,8 @@ class Comparison:
             if (twin.folder / name).exists():
                 write_atomically(folder / name, (twin.folder / name).read_bytes())
         self._write_selection(folder, chosen)
-        record = {**twin.record, **self._identity(cell, chosen), "same_as": twin.cell.name}
+        seconds = {**twin.record["seconds"], **_choosing(chosen)}
+        record = {**twin.record, **self._identity(cell, chosen), "seconds": seconds, "same_as": twin.cell.name}
         write_json(folder / RESULT, record)
 
     def _keep(self, cell: Cell, job: Job, chosen: Subset | None, outcome: Outcome) -> None:
@@ -315,11 +316,7 @@ class Comparison:
             "inputs": inputs,
             "work": _digest(inputs),
             "training": dict(outcome.training),
-            "seconds": {
-                "gradients": chosen.gradient_seconds if chosen else 0.0,
-                "select": chosen.select_seconds if chosen else 0.0,
-                **outcome.seconds,
-            },
+            "seconds": {**_choosing(chosen), **outcome.seconds},
             "means": _means(outcome.values),
             "gradsieve": __version__,
             "versions": versions(),
@@ -364,6 +361,14 @@ def _test_inputs(config: Config, test: TestSet) -> dict[str, Any]:
         return inputs
     options = [[tokens_digest(item.tokens), item.answer] for item in test.options]
     return {**inputs, "options": xxhash.xxh3_128_hexdigest(json.dumps(options).encode())}
+
+
+def _choosing(chosen: Subset | None) -> dict[str, float]:
+    """Returns what a cell's choice took."""
+    return {
+        "gradients": chosen.gradient_seconds if chosen else 0.0,
+        "select": chosen.select_seconds if chosen else 0.0,
+    }
 
 
 def _means(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, float | None]]:
