@@ -282,7 +282,7 @@ def test_a_navigator_counts_until_its_choice_is_made(content: dict[str, Any], mo
 
 
 def test_time_grows_with_what_is_trained_on(config: Config) -> None:
-    config = dataclasses.replace(config, views=("equal_steps", "equal_repetition"))
+    config = dataclasses.replace(config, views=("equal_steps", "equal_repetition"), recipe=config.recipe | {"epochs": 1})
     material = Comparison.of(config).material
     speed = Speed(train=0.01, examine=2.0, examined_base=1.0)
     assert predicted(material, Cell("base"), config, speed) == 1.0
