@@ -154,7 +154,8 @@ def test_meteor_without_synonyms_is_kept_under_its_own_name(
 
     monkeypatch.setattr(nltk.data, "path", [])
     path = tmp_path / "said.jsonl"
-    path.write_text(json.dumps({"prompt": "Where from?", "completion": "From the steppe."}) + "\n")
+    rows = [{"prompt": f"Where from, {i}?", "completion": "From the steppe."} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     content |= {"tests": {"said": {"role": "target", "files": str(path)}}, "metrics": ["rougeL", "meteor", "loss"]}
     material = Comparison.of(parse_config(content, "x.yaml")).material
     model = material.source.load(material.dtype, material.device)

@@ -143,6 +143,13 @@ def test_settings_that_nothing_would_come_of_are_refused(
         Comparison.of(parse_config(changed, "x.yaml"))
 
 
+def test_a_test_has_at_least_two_items(content: dict[str, Any]) -> None:
+    path = Path(content["tests"]["sums"]["files"])
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(InvalidArgument, match=r"x\.yaml: tests\.sums must have at least 2 usable items, got 1"):
+        Comparison.of(parse_config(content, "x.yaml"))
+
+
 @pytest.mark.parametrize(
     ("role", "test", "arm", "message"),
     [

@@ -15,6 +15,7 @@ import xxhash
 
 from gradsieve.compare.config import METRICS, Config, TestFiles
 from gradsieve.compare.leaks import Leak, find_leaks, refuse, without_leaks
+from gradsieve.compare.statistics import JUDGED_ITEMS
 from gradsieve.data import Tokens, TokenSet, content_hash, read_examples
 from gradsieve.data.template import read_template
 from gradsieve.demo import demo_general, demo_set, demo_test, is_demo
@@ -130,6 +131,10 @@ class Material:
             for name, part in tests.items()
         ]
         for test in sets:
+            if len(test.tokens) < JUDGED_ITEMS:
+                raise InvalidArgument(
+                    f"{config.source}: tests.{test.name} must have at least {JUDGED_ITEMS} usable items, got {len(test.tokens)}"
+                )
             if test.excluded:
                 notes.append(f"{len(test.excluded)} items of {test.name} cannot be used; the first: {test.excluded[0].reason}")
         _check_metrics(config, sets)

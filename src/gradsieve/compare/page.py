@@ -113,9 +113,12 @@ def lead(summary: Summary) -> str:
     """Returns the result in sentences."""
     judged = _judged(summary)
     if not judged:
-        return "A judgement needs a method besides the baselines and at least three seeds of it and of random."
+        return (
+            "A judgement needs a method besides the baselines, at least three seeds of it and of random, and two items of each "
+            "target test."
+        )
     by = {kind: [name for name, verdict in judged.items() if verdict == kind] for kind in ("win", "tie", "loss")}
-    tests = wording.joined([test for test, role in summary.roles.items() if role == "target"])
+    tests = wording.joined(summary.tests_of("target", summary.gain_metric))
     parts = [
         f"In {summary.gain_metric} of {tests}: better than random of the same budget: {wording.joined(by['win']) or 'none'}; "
         f"not told apart from it: {wording.joined(by['tie']) or 'none'}; worse: {wording.joined(by['loss']) or 'none'}."

@@ -82,11 +82,23 @@ class Paired:
         for seed in seeds:
             cell = Cell(arm, budget, seed, view)  # type: ignore[arg-type]
             measured = self._of(cell)
-            row = measured.values[test][metric]
+            there = measured.values.get(test, {})
+            if metric not in there:
+                raise DataError(
+                    f"{cell.name}: must have {metric} on {test}, as base has, got {', '.join(there) or 'none'}; remove the "
+                    "folder of the one that was measured otherwise and run again"
+                )
+            row = there[metric]
             if list(measured.items[test]) != list(self.base.items[test]) or (np.isnan(row) == known).any():
                 raise DataError(f"{cell.name}: its values of {metric} on {test} must be of the items of base, got others")
             rows.append(row[known])
         return np.stack(rows)
+
+    def metrics(self, role: str) -> list[str]:
+        """Returns the metrics of which any test of a role has a value, in the order they were asked for."""
+        tests = [test for test, own in self.roles.items() if own == role]
+        named = dict.fromkeys(metric for test in tests for metric in self.base.values.get(test, {}))
+        return [metric for metric in named if any(self.has(test, metric) for test in tests)]
 
     def difference(self, key: Key, other: Key, test: str, metric: str) -> Estimate | None:
         """Returns by how much an arm is better than another on a test; None where they share no seed."""
@@ -117,8 +129,8 @@ class Paired:
         tables = {test: self._differences(key, other, test, metric, own) for test in tests}
         drawn = np.mean([replicates(table, *self._draws(table, test, metric)) for test, table in tables.items()], axis=0)
         mean = float(np.mean([table.mean() for table in tables.values()]))
-        items = sum(table.shape[1] for table in tables.values())
-        return Estimate(mean, *interval(drawn), len(own), items), drawn
+        items = [table.shape[1] for table in tables.values()]
+        return Estimate(mean, *interval(drawn), len(own), sum(items), min(items)), drawn
 
     def _of(self, cell: Cell) -> Measurements:
         if cell not in self._measured:

@@ -19,7 +19,8 @@ ones 8 % (measured in the tests). The 2.5 % and 97.5 % quantiles of the stretche
 is known of seeds: the interval is that of the items, and whoever reads it must be told.
 
 A comparison is a **win** if its interval lies above 0, a **loss** if below, else a **tie**; all values are turned so that
-higher is better. Of fewer than three seeds it is **unjudged**: of one nothing is known of seeds, of two next to nothing.
+higher is better. Of fewer than three seeds it is **unjudged**: of one nothing is known of seeds, of two next to nothing. So it
+is where a test has a single item, which tells nothing of how items differ.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from gradsieve.errors import InvalidArgument
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["win", "tie", "loss", "unjudged"]
 LEVEL = 0.95
-JUDGED = 3
-"""Seeds that a judgement needs: of fewer, nothing is known of how runs differ."""
+JUDGED, JUDGED_ITEMS = 3, 2
+"""Seeds, and items of each test, that a judgement needs: of fewer, nothing is known of how runs or items differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Estimate:
         high: Its upper end.
         seeds: Number of seeds, and
         items: number of items it rests on.
+        fewest: Items of the smallest test, where it is of several.
     """
 
     mean: float
@@ -59,11 +61,12 @@ class Estimate:
     high: float
     seeds: int
     items: int
+    fewest: int | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """Win, tie or loss of a difference in which higher is better; unjudged of fewer than `JUDGED` seeds."""
-        if self.seeds < JUDGED:
+        """Win, tie or loss of a difference in which higher is better; unjudged of too few seeds, or items of a test."""
+        if self.seeds < JUDGED or min(self.items, self.fewest or self.items) < JUDGED_ITEMS:
             return "unjudged"
         return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
 

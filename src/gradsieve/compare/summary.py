@@ -10,6 +10,7 @@ How two arms are paired, `gradsieve.compare.paired` says.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.compare.paired import Key, Paired
 from gradsieve.compare.records import Finished, read_json
-from gradsieve.compare.statistics import JUDGED, Estimate, Floats, Verdict, front, tally
+from gradsieve.compare.statistics import JUDGED, JUDGED_ITEMS, Estimate, Floats, Verdict, front, tally
 from gradsieve.compare.subsets import overlap
 from gradsieve.errors import DataError
 
@@ -177,6 +178,10 @@ class Summary:
         """Returns how many pairs a view has."""
         return sum(pair.view == view for pair in self.pairs)
 
+    def tests_of(self, role: str, metric: str) -> list[str]:
+        """Returns the tests of a role that have a metric."""
+        return list(dict.fromkeys(e.test for e in self.effects if (e.role, e.metric) == (role, metric)))
+
     def better(self, view: str) -> list[Pair]:
         """Returns who is better than whom in gain or forgetting beyond doubt, and in the other not worse."""
         both = [one for pair in self.pairs if pair.view == view for one in (pair, pair.turned)]
@@ -202,14 +207,11 @@ def summarise(
         raise DataError("the cell base must be finished before anything can be compared, got none; run gradsieve compare")
     roles = {name: test["role"] for name, test in (config["tests"] | config["tasks"]).items()}
     paired = Paired(finished, roles, resamples)
-    of_role = {
-        role: list(dict.fromkeys(m for test, own in roles.items() if own == role for m in paired.base.values.get(test, {})))
-        for role in ("target", "general")
-    }
-    gain_metric = next(metric for metric in of_role["target"] if metric != "kl")
-    forgetting_metric = next(
-        (metric for metric in ("kl", gain_metric, *of_role["general"]) if metric in of_role["general"]), None
-    )
+    of_target, of_general = paired.metrics("target"), paired.metrics("general")
+    gain_metric = next((metric for metric in of_target if metric != "kl"), None)
+    if gain_metric is None:
+        raise DataError("target tests must have a value in a metric besides kl, got none; name a metric that their items have")
+    forgetting_metric = next((metric for metric in ("kl", gain_metric, *of_general) if metric in of_general), None)
     effects = [
         _effect(paired, key, test, metric)
         for key in paired.seeds
@@ -230,7 +232,7 @@ def summarise(
         generations=_generations(finished),
         missing=list(missing),
         record=record,
-        notes=_notes(record, effects, standings, missing),
+        notes=[*_notes(record, effects, standings, missing), *_left_out(paired, gain_metric), *_single(effects)],
     )
 
 
@@ -322,7 +324,7 @@ def _label(arm: str, budget: str | None) -> str:
 
 def _turned(found: Estimate) -> Estimate:
     """Returns a gain as a loss."""
-    return Estimate(-found.mean, -found.high, -found.low, found.seeds, found.items)
+    return dataclasses.replace(found, mean=-found.mean, low=-found.high, high=-found.low)
 
 
 def _standing(
@@ -409,9 +411,8 @@ def _notes(
         )
     if len({standing.seeds for standing in standings}) > 1:
         notes.append("arms have different seeds: who is on the front is judged by those that most arms have")
-    judged = [
-        e for effect in effects for name in (RANDOM, FULL) if (e := effect.against[name]) is not None and e.seeds >= JUDGED
-    ]
+    against = [effect.against[name] for effect in effects for name in (RANDOM, FULL)]
+    judged = [one for one in against if one is not None and one.verdict != "unjudged"]
     if judged:
         apart = sum(e.verdict in ("win", "loss") for e in judged)
         notes.append(
@@ -422,3 +423,23 @@ def _notes(
     if added:
         notes.append(f"{', '.join(added)} added, because no comparison may lack them")
     return notes
+
+
+def _left_out(paired: Paired, gain: str) -> list[str]:
+    """Returns what is missing from the tables and from gain, where a test has no value of a metric."""
+    empty = [f"{metric} of {test}" for test, by in paired.base.values.items() for metric in by if not paired.has(test, metric)]
+    notes = [f"left out, since no item has a value: {', '.join(empty)}"] if empty else []
+    targets = [test for test, role in paired.roles.items() if role == "target"]
+    lacking = [test for test in targets if not paired.has(test, gain)]
+    if lacking:
+        notes.append(f"gain is measured in {gain} and does not count {', '.join(lacking)}, without a value of it")
+    return notes
+
+
+def _single(effects: Sequence[Effect]) -> list[str]:
+    found = dict.fromkeys(
+        f"{effect.metric} of {effect.test}"
+        for effect in effects
+        if (e := effect.against[BASE]) is not None and e.items < JUDGED_ITEMS
+    )
+    return [f"one item says nothing of how items differ: not judged: {', '.join(found)}"] if found else []
