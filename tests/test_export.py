@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ Write = Callable[..., Path]
 @pytest.fixture
 def run(tiny_model: Path, write_data: Write, tmp_path: Path) -> Path:
     out = tmp_path / "run"
-    pool, target = write_data("pool", 20), write_data("target", 5)
-    gs.select("less", model=tiny_model, pool=pool, target=target, budget=6, out=out, dim=256, dtype="float32")
+    data = {"pool": write_data("pool", 20), "target": write_data("target", 5)}
+    gs.select(gs.LESS(warmup_share=0.0), model=tiny_model, **data, budget=6, out=out, dim=256, dtype="float32")
     return out
 
 
@@ -38,6 +39,35 @@ def test_trl_gets_the_tokens_and_labels_that_the_gradients_saw(run: Path, tiny_m
     assert table["input_ids"] == [list(t.input_ids) for t in wanted]
     assert table["labels"] == [list(t.labels) for t in wanted]
     assert notes == [f"train with: trl sft --config {out / 'sft.yaml'}"]
+
+
+def test_trl_gets_the_runs_own_length_and_chat_template(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    own = (tiny_model / "chat_template.jinja").read_text()
+    template.write_text(own.replace("\n{% endfor %}", " \n{% endfor %}"))
+    job = {"model": tiny_model, "pool": write_data("pool", 8), "max_length": 90, "chat_template": str(template)}
+    gs.select("length", budget=4, out=tmp_path / "run", **job)
+    out, notes = export(Export(tmp_path / "run"))
+    examples, tokenizer = read_examples([tmp_path / "run" / "selected.jsonl"]).examples, find_model(tiny_model).tokenizer
+    wanted = tokenize(examples, tokenizer, max_length=90, chat_template=template.read_text()).tokens
+    table = pq.read_table(out / "train" / "train.parquet").to_pydict()
+    assert table["input_ids"] == [list(t.input_ids) for t in wanted]
+    assert table["labels"] == [list(t.labels) for t in wanted]
+    assert {len(ids) for ids in table["input_ids"]} == {90}
+    assert notes[1:] == ["4 of 4 examples are longer than 90 tokens and are cut at the end"]
+
+
+def test_an_example_that_the_trained_model_cannot_use_is_not_dropped(
+    tiny_model: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(tiny_model, large)
+    template = (large / "chat_template.jinja").read_text()
+    (large / "chat_template.jinja").write_text("<|im_start|>system\nAnswer as a kind teacher would.<|im_end|>\n" + template)
+    job = {"pool": data["pool"], "anchor": data["anchor"], "dim": 64, "max_length": 75}
+    gs.select("orth-only", model=large, navigator=str(tiny_model), budget=8, out=tmp_path / "run", **job)
+    with pytest.raises(DataError, match=r"of 8 chosen examples must be usable by .*large, .* the first, pool-.*--max-length"):
+        export(Export(tmp_path / "run"))
 
 
 @pytest.mark.filterwarnings("ignore")  # what TRL's own script warns of is not ours

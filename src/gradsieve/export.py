@@ -19,10 +19,10 @@ import tyro
 import yaml
 
 from gradsieve.atomic import replacing, write_atomically
-from gradsieve.data import Format, read_examples, tokenize
+from gradsieve.data import Format, Tokens, read_examples, tokenize
 from gradsieve.data.template import read_template
 from gradsieve.errors import DataError, InvalidArgument
-from gradsieve.models import find_model
+from gradsieve.models import ModelSource, find_model
 from gradsieve.types import Example
 
 Target = Literal["trl", "llamafactory", "axolotl", "parquet", "hf"]
@@ -115,12 +115,11 @@ def _trl(chosen: Chosen, out: Path) -> list[str]:
     if model["live"]:
         raise InvalidArgument("the run must name its model's folder, got a model object; export to parquet instead")
     source = find_model(job["model"], trust_remote_code=job["trust_remote_code"])
-    template = read_template(job["chat_template"])
-    done = tokenize(chosen.examples, source.tokenizer, max_length=job["max_length"], chat_template=template)
+    tokens = _tokens(chosen.examples, source, job["max_length"], read_template(job["chat_template"]))
     table = pa.table(
         {
-            "input_ids": pa.array([t.input_ids for t in done.tokens], pa.list_(pa.int32())),
-            "labels": pa.array([t.labels for t in done.tokens], pa.list_(pa.int32())),
+            "input_ids": pa.array([t.input_ids for t in tokens], pa.list_(pa.int32())),
+            "labels": pa.array([t.labels for t in tokens], pa.list_(pa.int32())),
         }
     )
     (out / "train").mkdir()
@@ -145,7 +144,26 @@ def _trl(chosen: Chosen, out: Path) -> list[str]:
         "seed": job["seed"],
     }
     _write_yaml(out / "sft.yaml", config)
-    return [f"train with: trl sft --config {out / 'sft.yaml'}"]
+    notes = [f"train with: trl sft --config {out / 'sft.yaml'}"]
+    if cut := sum(t.truncated for t in tokens):
+        notes.append(f"{cut} of {len(tokens)} examples are longer than {job['max_length']} tokens and are cut at the end")
+    return notes
+
+
+def _tokens(examples: Sequence[Example], source: ModelSource, max_length: int, template: str | None) -> list[Tokens]:
+    """Returns every example's tokens for the model that is to be trained, which a Navigator's tokenizer need not agree with.
+
+    Raises:
+        DataError: One has no completion tokens there, or cannot be rendered.
+    """
+    done = tokenize(examples, source.tokenizer, max_length=max_length, chat_template=template)
+    if done.excluded:
+        first = done.excluded[0]
+        raise DataError(
+            f"{len(done.excluded)} of {len(examples)} chosen examples must be usable by {source.name}, which is to be trained, "
+            f"got for the first, {first.id}: {first.reason}; select again with a larger --max-length or without them"
+        )
+    return done.tokens
 
 
 def _llamafactory(chosen: Chosen, out: Path) -> list[str]:
