@@ -120,12 +120,10 @@ def test_parquet_and_datasets_keep_order_and_weights(run: Path) -> None:
     assert table["messages"] == chosen_messages(run)
 
 
-def test_weights_that_a_trainer_cannot_honour_are_named(run: Path) -> None:
-    scores = pq.read_table(run / "scores.parquet")
-    at = scores.column_names.index("weight")
-    weights = [0.5 * rank if rank else 0.0 for rank in scores["rank"].to_pylist()]
-    pq.write_table(scores.set_column(at, "weight", [weights]), run / "scores.parquet")
-    _, notes = export(Export(run))
+def test_weights_that_a_trainer_cannot_honour_are_named(tiny_model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    job = {"pool": data["pool"], "target": data["target"], "dim": 256}
+    gs.select("gradmatch", model=tiny_model, budget=6, out=tmp_path / "run", **job)
+    _, notes = export(Export(tmp_path / "run"))
     assert "gave weights, and trl knows none" in notes[-1]
 
 
@@ -135,13 +133,17 @@ def test_a_folder_with_files_is_not_written_over(run: Path) -> None:
         export(Export(run))
 
 
-def test_a_turn_with_more_than_text_is_refused_not_cut(run: Path) -> None:
+def choose_all(rows: list[dict[str, Any]], model: Path, tmp_path: Path, **job: Any) -> Path:
+    """A run that chooses every row of a pool."""
+    pool = tmp_path / "all.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gs.select("random", model=model, pool=pool, budget="100%", out=tmp_path / "all", **job)
+    return tmp_path / "all"
+
+
+def test_a_turn_with_more_than_text_is_refused_not_cut(tiny_model: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "doctor"}]
-    lines = [json.dumps({"id": str(i), "messages": turns}) for i in range(6)]
-    (run / "selected.jsonl").write_text("\n".join(lines) + "\n")
-    record = json.loads((run / "run.json").read_text())
-    record["inputs"]["pool"]["format"] = "messages"
-    (run / "run.json").write_text(json.dumps(record))
+    run = choose_all([{"messages": turns}], tiny_model, tmp_path)
     with pytest.raises(DataError, match="turns must be role and text for this format, got name"):
         export(Export(run, "axolotl"))
 
@@ -156,3 +158,49 @@ def test_scores_of_another_selection_are_refused(run: Path) -> None:
     (run / "selected.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(DataError, match=r"must rank the 5 examples of selected\.jsonl, got 6"):
         export(Export(run))
+
+
+def test_scores_are_not_given_to_other_examples(run: Path) -> None:
+    lines = (run / "selected.jsonl").read_text().splitlines(keepends=True)
+    (run / "selected.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(
+        DataError, match=r"selected\.jsonl must be that of the run in run\.json, got another choice; select again"
+    ):
+        export(Export(run, "parquet"))
+
+
+@pytest.mark.parametrize(
+    ("stale", "named"), [(("scores.parquet", "run.json"), "selected.jsonl"), (("run.json",), "scores.parquet")]
+)
+def test_files_that_a_broken_off_run_left_behind_are_refused(
+    stale: tuple[str, ...], named: str, tiny_model: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    job = {"model": tiny_model, "pool": data["pool"], "budget": 6, "out": tmp_path / "run"}
+    gs.select("random", **job)
+    kept = {name: (tmp_path / "run" / name).read_bytes() for name in stale}
+    gs.select("random", seed=1, **job)
+    for name, content in kept.items():
+        (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{named} must be that of the run"):
+        export(Export(tmp_path / "run", "parquet"))
+
+
+def test_other_weights_are_another_selection(run: Path) -> None:
+    scores = pq.read_table(run / "scores.parquet")
+    at = scores.column_names.index("weight")
+    weights = [0.5 * rank if rank else 0.0 for rank in scores["rank"].to_pylist()]
+    pq.write_table(scores.set_column(at, "weight", [weights]), run / "scores.parquet")
+    with pytest.raises(DataError, match=r"scores\.parquet must be that of the run"):
+        export(Export(run))
+
+
+def test_files_of_any_shape_and_with_or_without_ids_may_be_one_pool(
+    tiny_model: Path, write_data: Write, tmp_path: Path
+) -> None:
+    alpaca = tmp_path / "alpaca.jsonl"
+    alpaca.write_text("".join(json.dumps({"instruction": f"say {i}", "output": f"it is {i}"}) + "\n" for i in range(3)))
+    job = {"model": tiny_model, "pool": (str(write_data("pool", 3)), str(alpaca)), "budget": 6, "out": tmp_path / "run"}
+    result = gs.select("random", **job)
+    rows = pq.read_table(export(Export(tmp_path / "run", "parquet"))[0] / "train.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [example.id for example in result.examples]
+    assert [row["messages"] for row in rows] == [[dict(turn) for turn in example.messages] for example in result.examples]

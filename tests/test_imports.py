@@ -77,7 +77,7 @@ ALLOWED = {
     },
     "outputs": BASE | {"clock", "data", "demo", "report", "pipeline"},
     "estimate": BASE | {"job", "run", "clock", "data", "pipeline"},
-    "export": BASE | {"data", "models"},
+    "export": BASE | {"data", "models", "outputs"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "compare": BASE
     | {

@@ -13,16 +13,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
 from gradsieve.atomic import replacing, write_atomically
-from gradsieve.data import Format, Tokens, read_examples, tokenize
+from gradsieve.data import Format, Tokens, tokenize
+from gradsieve.data.files import Row, read_rows
+from gradsieve.data.shapes import detect_shape, read_turns
 from gradsieve.data.template import read_template
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.models import ModelSource, find_model
+from gradsieve.outputs import data_digest, selection_digest
 from gradsieve.types import Example
 
 Target = Literal["trl", "llamafactory", "axolotl", "parquet", "hf"]
@@ -86,7 +89,7 @@ def read_chosen(run: Path) -> Chosen:
     """Returns the selection in a run's folder.
 
     Raises:
-        DataError: A file is missing or broken, or the scores are not those of the chosen examples.
+        DataError: A file is missing or broken, or the files are not of one and the same run.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -94,17 +97,30 @@ def read_chosen(run: Path) -> Chosen:
     try:
         record = json.loads((run / "run.json").read_bytes())
         scores = pq.read_table(run / "scores.parquet", columns=["id", "rank", "weight", "score"]).to_pylist()
-        shape = record["inputs"]["pool"]["format"]
+        selection, format = record["selection"], record["job"]["format"]
+        wanted = selection["digest"], selection["content"]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{run}: must be the folder of a selection, got {_line(error)}; name the --out of `select`") from None
-    known: Format = shape if shape in get_args(Format) else "auto"  # a built-in set has a description there
-    examples = read_examples([run / "selected.jsonl"], format=known).examples
     ranked = sorted((row for row in scores if row["rank"] is not None), key=lambda row: row["rank"])
-    if len(ranked) != len(examples):
+    ids, weights = [row["id"] for row in ranked], [row["weight"] for row in ranked]
+    rows = list(read_rows(run / "selected.jsonl", []))
+    if len(ranked) != len(rows):
         raise DataError(
-            f"{run}: scores.parquet must rank the {len(examples)} examples of selected.jsonl, got {len(ranked)}; select again"
+            f"{run}: scores.parquet must rank the {len(rows)} examples of selected.jsonl, got {len(ranked)}; select again"
         )
-    return Chosen(record, examples, [row["weight"] for row in ranked], [row["score"] for row in ranked])
+    examples = [_example(row, id, format) for row, id in zip(rows, ids, strict=True)]
+    found = selection_digest(ids, weights), data_digest(examples)
+    for file, mine, recorded in zip(("scores.parquet", "selected.jsonl"), found, wanted, strict=True):
+        if mine != recorded:
+            raise DataError(f"{run}: {file} must be that of the run in run.json, got another choice; select again")
+    return Chosen(record, examples, weights, [row["score"] for row in ranked])
+
+
+def _example(row: Row, id: str, format: Format) -> Example:
+    """Returns a line of selected.jsonl as an example; a pool's files may have had a shape each, so every line tells its own."""
+    keys = {key for key, value in row.fields.items() if value is not None}
+    shape = detect_shape(keys, row.origin) if format == "auto" else format
+    return Example(id, read_turns(row.fields, shape, row.origin), row.raw, row.origin)
 
 
 def _trl(chosen: Chosen, out: Path) -> list[str]:

@@ -272,7 +272,8 @@ def _record(result: Result) -> dict[str, Any]:
                 "chosen": float(result.pool.columns["tokens"][result.selection.rows].mean()) if chosen else None,
             },
             "mean_cosine": dataclasses.asdict(result.alignment) if result.alignment is not None else None,
-            "digest": xxhash.xxh3_128_hexdigest(json.dumps([chosen, result.selection.weights.tolist()]).encode()),
+            "digest": selection_digest(chosen, result.selection.weights.tolist()),
+            "content": data_digest(result.examples),
         },
         "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,
         "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
@@ -292,6 +293,11 @@ def data_digest(examples: Iterable[Example]) -> str:
     for number, example in enumerate(examples):
         hasher.update((b"\n" if number else b"") + example.raw)
     return str(hasher.hexdigest())
+
+
+def selection_digest(ids: Sequence[str], weights: Sequence[float]) -> str:
+    """Returns the hash by which a record knows a choice again: of the ids, best first, and of their weights."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([list(ids), [float(weight) for weight in weights]]).encode())
 
 
 def _from_anywhere(key: str, value: Any) -> Any:
