@@ -70,17 +70,24 @@ def read_page(run: Path) -> Page:
 
 
 def _pool(run: Path, record: Mapping[str, Any]) -> Sequence[Example]:
+    """Returns the pool as the run had it, with the replay examples at its end."""
     part = record["inputs"]["pool"]
     if not part["files"]:
         raise InvalidArgument(f"{run} must name the files of its pool, got examples from memory; its report cannot be rebuilt")
     if is_demo(part["files"][0]):
         examples: Sequence[Example] = demo_set("pool", part["files"][0], record["job"]["seed"])
     else:
-        job = record["job"]
-        examples = read_examples(part["files"], format=job["format"], category_field=job["category_field"]).examples
+        examples = _read(part["files"], record["job"])
+    if replay := record["job"]["replay"]:
+        examples = [*examples, *_read(replay, record["job"])]
     if data_digest(examples) != part["digest"]:
-        raise InvalidArgument(f"the pool must be the data of {run}, got other content in {' '.join(part['files'])}")
+        files = " ".join([*part["files"], *replay])
+        raise InvalidArgument(f"the pool must be the data of {run}, got other content in {files}")
     return examples
+
+
+def _read(files: Sequence[str], job: Mapping[str, Any]) -> Sequence[Example]:
+    return read_examples(files, format=job["format"], category_field=job["category_field"]).examples
 
 
 def _selection(record: Mapping[str, Any], scores: Mapping[str, list[Any]]) -> Selection:
