@@ -1,4 +1,4 @@
-"""Writing files whole or not at all: to a temporary name beside the target, fsync, rename."""
+"""Writing files whole or not at all: to a temporary name beside the target, fsync, rename or link."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(content)
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Writes a file whole, unless there is one of that name; returns whether it did.
+
+    Where a disk knows no hard links, two processes may both write, and the later stays.
+
+    Raises:
+        DataError: The file cannot be written; the message has the cause and the cure.
+    """
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    write_atomically(own, content)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
 
 
 def write_json(path: Path, values: Any) -> None:

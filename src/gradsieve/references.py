@@ -10,10 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from safetensors.torch import load as deserialize
-from safetensors.torch import save as serialize
 
-from gradsieve.atomic import write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compute import ComputeSettings, token_batches
 from gradsieve.data import IGNORE, Tokens, TokenSet
@@ -56,6 +53,8 @@ class UnitMean:
 
 
 Source = TokenSet | Contrast | UnitMean
+
+_HALF = "half/"
 
 
 def reference_sources(
@@ -287,19 +286,19 @@ def _in_order(mean: MeanGradient, place: Mapping[bytes, int], side: TokenSet) ->
 
 def write_facts(store: GradientStore, references: References) -> None:
     """Keeps what is known about the references beside the rows that were multiplied with them: facts, and sketched halves."""
-    if references.halves:
-        write_atomically(store.directory / "halves.safetensors", serialize(dict(references.halves)))
-    content = {name: asdict(fact) for name, fact in references.facts.items()}
-    write_atomically(store.directory / "references.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+    facts = json.dumps({name: asdict(fact) for name, fact in references.facts.items()}, sort_keys=True).encode()
+    halves = {f"{_HALF}{name}": half for name, half in references.halves.items()}
+    store.keep("references", {"facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8), **halves})
 
 
 def read_facts(store: GradientStore) -> dict[str, Reference]:
     """Returns the facts of `write_facts`, empty where there are none."""
-    path = store.directory / "references.json"
-    return {name: Reference(**fact) for name, fact in json.loads(path.read_bytes()).items()} if path.exists() else {}
+    kept = store.kept("references")
+    facts = json.loads(kept["facts"].numpy().tobytes()) if kept else {}
+    return {name: Reference(**fact) for name, fact in facts.items()}
 
 
 def read_halves(store: GradientStore) -> dict[str, torch.Tensor]:
     """Returns the sketched halves of `write_facts`, float32 [splits, 2, d] by reference; empty where there are none."""
-    path = store.directory / "halves.safetensors"
-    return deserialize(path.read_bytes()) if path.exists() else {}
+    kept = store.kept("references").items()
+    return {name.removeprefix(_HALF): half for name, half in kept if name.startswith(_HALF)}

@@ -98,6 +98,80 @@ def test_another_fingerprint_is_refused_with_both_sides(tmp_path: Path) -> None:
         GradientStore(tmp_path / "s", manifest(seed=0))
 
 
+def test_shards_that_changed_places_are_found_and_recomputed(tmp_path: Path) -> None:
+    store = GradientStore(tmp_path / "s", manifest())
+    fill(store, keys(6))
+    whole = content(store)
+    store.shard(0).rename(tmp_path / "away")
+    store.shard(1).rename(store.shard(0))
+    (tmp_path / "away").rename(store.shard(1))
+    assert ["must hold the examples of its plan, got others" in problem for problem in store.verify()] == [True, True]
+    assert fill(store, keys(6)) == [0, 1]
+    assert content(store) == whole
+
+
+def test_a_shard_of_another_store_is_none_of_this_one(tmp_path: Path) -> None:
+    mine, other = (GradientStore(tmp_path / str(seed), manifest(seed)) for seed in (0, 1))
+    for store in (mine, other):
+        fill(store, keys(3))
+    mine.shard(0).write_bytes(other.shard(0).read_bytes())
+    assert "must carry the fingerprint" in mine.verify()[0]
+    assert fill(mine, keys(3)) == [0]
+
+
+def test_a_changed_plan_is_refused_by_name(tmp_path: Path) -> None:
+    store = GradientStore(tmp_path / "s", manifest())
+    fill(store, keys(6))
+    plan = next((store.directory / "plans").iterdir())
+    sound = plan.read_bytes()
+    for broken in (sound[:100], sound.replace(sealed_ends(3, 6), sealed_ends(2, 6))):
+        assert broken != sound
+        plan.write_bytes(broken)
+        assert ["delete the store" in problem for problem in store.verify()] == [True]
+        with pytest.raises(StoreError, match=plan.name):
+            fill(store, keys(6))
+
+
+def sealed_ends(*ends: int) -> bytes:
+    return b"".join(end.to_bytes(8, "little") for end in ends)
+
+
+def test_what_is_kept_beside_the_rows_is_checked_too(tmp_path: Path) -> None:
+    store = GradientStore(tmp_path / "s", manifest())
+    fill(store, keys(3))
+    assert store.kept("references") == {}
+    store.keep("references", {"half": torch.ones(2, 3)})
+    assert torch.equal(store.kept("references")["half"], torch.ones(2, 3))
+    assert store.verify() == []
+    path = store.directory / "references.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert ["references.safetensors" in problem for problem in store.verify()] == [True]
+    with pytest.raises(StoreError, match="must hold the bytes that were written"):
+        store.kept("references")
+
+
+def test_two_plans_made_at_once_do_not_replace_each_other(tmp_path: Path) -> None:
+    mine, other = (GradientStore(tmp_path / "s", manifest()) for _ in range(2))
+
+    def cut(positions: list[int]) -> list[list[int]]:
+        if not list((mine.directory / "plans").iterdir()):  # another process plans while this one cuts
+            other.plan(keys(4, "b"), in_threes)
+        return in_threes(positions)
+
+    units = mine.plan(keys(5, "a"), cut)
+    assert [key for unit in units for key in unit.keys] == keys(5, "a")
+    assert [unit.number for unit in units] == [2, 3]
+    assert [key for unit in other.plan(keys(4, "b"), in_threes) for key in unit.keys] == keys(4, "b")
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="must be a store or an empty folder, got a file"):
+        GradientStore(tmp_path / "file", manifest())
+    with pytest.raises(StoreError, match="must be a gradient store, got Not a directory"):
+        GradientStore.open(tmp_path / "file")
+
+
 def test_a_folder_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match="got one with other files"):
@@ -139,7 +213,7 @@ def test_a_broken_manifest_is_an_error_not_a_new_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="broken JSON"):
         GradientStore(tmp_path / "s", manifest())
     (tmp_path / "s" / "store.json").write_text(json.dumps({"format": 99, "settings": {}}))
-    with pytest.raises(StoreError, match="format 1, got 99"):
+    with pytest.raises(StoreError, match="format 2, got 99"):
         GradientStore.open(tmp_path / "s")
 
 

@@ -3,6 +3,7 @@
     STORE/store.json                     the manifest
     STORE/plans/00000000.safetensors     example hashes in order, and where units end: written before the first shard of it
     STORE/shards/00000042.safetensors    one unit
+    STORE/references.safetensors         what is known of the references that the rows were multiplied with
 
 A killed run leaves whole shards and no others, so the same command computes what is missing. Examples that a store does not
 know yet get a further plan; examples that are no longer asked for stay, and are not shown.
@@ -17,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from gradsieve.atomic import write_atomically
+from gradsieve.atomic import write_atomically, write_new
 from gradsieve.errors import StoreCorrupt, StoreError
 from gradsieve.store.manifest import NAME, Manifest
-from gradsieve.store.shards import check_shard, pack_sketch, read_sketch, read_tensors, write_shard
+from gradsieve.store.shards import check_shard, key_tensor, pack_sketch, read_sealed, read_sketch, read_tensors, sealed
 from gradsieve.types import REPRESENTATIONS
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,10 @@ class Unit:
 
     Attributes:
         number: Its shard's number.
-        first_row: The store's row number of its first example.
         keys: Example hashes, 16 bytes each, in order.
     """
 
     number: int
-    first_row: int
     keys: list[bytes]
 
 
@@ -61,6 +59,8 @@ class GradientStore:
         if (self.directory / NAME).exists():
             Manifest.read(self.directory).require(manifest, self.directory)
             return
+        if self.directory.exists() and not self.directory.is_dir():
+            raise StoreError(f"store {self.directory} must be a store or an empty folder, got a file; name another")
         if self.directory.exists() and any(self.directory.iterdir()):
             raise StoreError(
                 f"store {self.directory} must be a store or an empty folder, got one with other files; name another"
@@ -82,18 +82,23 @@ class GradientStore:
         return self.directory / "shards" / f"{number:08d}.safetensors"
 
     def units(self) -> list[Unit]:
-        """Returns all planned units, computed or not."""
+        """Returns all planned units, computed or not.
+
+        Raises:
+            StoreCorrupt: A plan is not as it was written.
+        """
         units: list[Unit] = []
-        row = 0
-        for path in sorted((self.directory / "plans").glob("*.safetensors")):
-            plan = load_file(path)
+        for path in self._plans():
+            plan = read_sealed(path, self.manifest.fingerprint, "delete the store and run the extraction again")
             keys = [bytes(key) for key in plan["keys"].numpy()]
             start = 0
             for end in plan["ends"].tolist():
-                units.append(Unit(len(units), row + start, keys[start:end]))
+                units.append(Unit(len(units), keys[start:end]))
                 start = end
-            row += len(keys)
         return units
+
+    def _plans(self) -> list[Path]:
+        return sorted((self.directory / "plans").glob("[0-9]*.safetensors"))
 
     def plan(self, keys: Sequence[bytes], cut: Callable[[list[int]], list[list[int]]]) -> list[Unit]:
         """Returns the units that `keys` need, planning those the store does not know yet.
@@ -102,23 +107,18 @@ class GradientStore:
             keys: Example hashes; repeated ones are planned once.
             cut: Cuts new examples (positions into `keys`) into units.
         """
-        units = self.units()
-        known = {key for unit in units for key in unit.keys}
         first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
-        new = sorted(i for key, i in first_of.items() if key not in known)
-        if new:
+        while True:
+            number, units = len(self._plans()), self.units()
+            known = {key for unit in units for key in unit.keys}
+            new = sorted(i for key, i in first_of.items() if key not in known)
+            if not new:
+                return [unit for unit in units if any(key in first_of for key in unit.keys)]
             parts = cut(new)
-            ordered = [keys[i] for part in parts for i in part]
-            ends = np.cumsum([len(part) for part in parts])
-            plan = {
-                "keys": torch.from_numpy(np.frombuffer(b"".join(ordered), dtype=np.uint8).reshape(-1, 16).copy()),
-                "ends": torch.from_numpy(ends.astype(np.int64)),
-            }
-            number = len(list((self.directory / "plans").glob("*.safetensors")))
-            write_atomically(self.directory / "plans" / f"{number:08d}.safetensors", save(plan))
-            units = self.units()
-        wanted = set(keys)
-        return [unit for unit in units if any(key in wanted for key in unit.keys)]
+            ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+            plan = {"keys": key_tensor([keys[i] for part in parts for i in part]), "ends": ends}
+            # where another process was first with this number, what it planned is known in the next round
+            write_new(self.directory / "plans" / f"{number:08d}.safetensors", sealed(plan, self.manifest.fingerprint))
 
     def pending(self, units: Sequence[Unit]) -> list[Unit]:
         """Returns the units without a sound shard; a broken shard is named in the log and counts as missing."""
@@ -127,7 +127,7 @@ class GradientStore:
             path = self.shard(unit.number)
             if path.exists():
                 try:
-                    check_shard(path, self.manifest.fingerprint)
+                    check_shard(path, self.manifest.fingerprint, unit.keys)
                     continue
                 except StoreCorrupt as error:
                     log.warning("%s", error)
@@ -142,22 +142,45 @@ class GradientStore:
             sketches: float32 [b, d] per checkpoint; a representation stands among them under its name, with its own width.
             columns: float64 [b] by name.
         """
-        tensors: dict[str, Tensor] = {"rows": torch.arange(unit.first_row, unit.first_row + len(unit.keys))}
+        tensors: dict[str, Tensor] = {"keys": key_tensor(unit.keys)}
         for name, sketch in sketches.items():
             tensors[f"sketch/{name}"], tensors[f"scale/{name}"] = pack_sketch(sketch.cpu())
         tensors |= {f"column/{name}": column.cpu().double() for name, column in columns.items()}
-        write_shard(self.shard(unit.number), tensors, self.manifest.fingerprint)
+        write_atomically(self.shard(unit.number), sealed(tensors, self.manifest.fingerprint))
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps something beside the rows, in the place of what had this name."""
+        write_atomically(self.directory / f"{name}.safetensors", sealed(tensors, self.manifest.fingerprint))
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Returns what was kept under a name; empty where nothing was.
+
+        Raises:
+            StoreCorrupt: It is not as it was written.
+        """
+        path = self.directory / f"{name}.safetensors"
+        cure = "delete the store and run the extraction again"
+        return read_sealed(path, self.manifest.fingerprint, cure) if path.exists() else {}
 
     def verify(self) -> list[str]:
-        """Reads every byte of every shard; returns one sentence per broken or missing one."""
+        """Reads every byte of every plan, shard and other file; returns one sentence per broken or missing one."""
         problems = []
-        for unit in self.units():
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                self.kept(path.stem)
+            except StoreCorrupt as error:
+                problems.append(str(error))
+        try:
+            units = self.units()
+        except StoreCorrupt as error:
+            return [*problems, str(error)]
+        for unit in units:
             path = self.shard(unit.number)
             if not path.exists():
                 problems.append(f"{path} is missing; run the extraction again to compute it")
                 continue
             try:
-                check_shard(path, self.manifest.fingerprint)
+                check_shard(path, self.manifest.fingerprint, unit.keys)
             except StoreCorrupt as error:
                 problems.append(str(error))
         return problems

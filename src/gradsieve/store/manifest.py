@@ -14,7 +14,7 @@ from gradsieve.atomic import write_atomically
 from gradsieve.errors import StoreError, StoreMismatch
 
 NAME = "store.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Manifest:
             return cls(content["settings"])
         except FileNotFoundError:
             raise StoreError(f"{directory} must be a gradient store, got a folder without {NAME}") from None
+        except OSError as error:
+            raise StoreError(f"{directory} must be a gradient store, got {error.strerror}; name the store's folder") from None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} must be the manifest of a store, got broken JSON ({error}); delete the store") from None
 

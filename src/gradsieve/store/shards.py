@@ -1,6 +1,6 @@
-"""One shard: an immutable safetensors file with the rows of one unit, and a checksum over names, types, shapes and bytes.
+"""Sealed files: safetensors with a store's fingerprint and a checksum over names, types, shapes and bytes. A shard is one:
 
-rows                int64 [b]       numbers within the store, ascending with the plan
+keys                uint8 [b, 16]   hashes of its examples, as planned
 sketch/CHECKPOINT   float16 [b, d]  sketch divided by its scale, so that neither large nor small gradients lose digits
 scale/CHECKPOINT    float32 [b]
 column/NAME         float64 [b]
@@ -8,7 +8,7 @@ column/NAME         float64 [b]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from gradsieve.atomic import write_atomically
 from gradsieve.errors import StoreCorrupt
 
 
@@ -34,10 +33,15 @@ def pack_sketch(sketch: Tensor) -> tuple[Tensor, Tensor]:
     return (sketch / scale[:, None]).half(), scale.float()
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
-    """Writes a shard under its final name at once: a reader sees all of it or nothing."""
+def sealed(tensors: Mapping[str, Tensor], fingerprint: str) -> bytes:
+    """Returns the content of a sealed file."""
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    write_atomically(path, save_bytes(contiguous, _seal(fingerprint, digest(contiguous))))
+    return save_bytes(contiguous, _seal(fingerprint, digest(contiguous)))
+
+
+def key_tensor(keys: Sequence[bytes]) -> Tensor:
+    """Returns example hashes as a tensor, uint8 [b, 16]."""
+    return torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16).copy())
 
 
 def _seal(fingerprint: str, checksum: str) -> dict[str, str]:
@@ -54,11 +58,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def check_shard(path: Path, fingerprint: str) -> None:
+def check_shard(path: Path, fingerprint: str, keys: Sequence[bytes]) -> None:
     """Reads every byte of a shard and compares it with what was written.
 
     Raises:
-        StoreCorrupt: It is not a shard of this store, byte for byte.
+        StoreCorrupt: It is not this store's shard of these examples, byte for byte.
+    """
+    there = read_sealed(path, fingerprint).get("keys")
+    if there is None or not torch.equal(there, key_tensor(keys)):
+        raise StoreCorrupt(f"{path} must hold the examples of its plan, got others; run the extraction again to recompute it")
+
+
+def read_sealed(path: Path, fingerprint: str, cure: str = "run the extraction again to recompute it") -> dict[str, Tensor]:
+    """Reads a sealed file once every byte of it is as it was written.
+
+    Raises:
+        StoreCorrupt: It is not, or it is of another store; the message ends in the cure.
     """
     content = path.read_bytes()
     try:
@@ -66,16 +81,15 @@ def check_shard(path: Path, fingerprint: str) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise StoreCorrupt(
-            f"{path} must be a safetensors file, got {error}; run the extraction again to recompute it"
-        ) from None
+        raise StoreCorrupt(f"{path} must be a safetensors file, got {error}; {cure}") from None
     words = metadata.get("gradsieve", "").split()
     if words[1:2] != [fingerprint]:
-        raise StoreCorrupt(f"{path} must carry the fingerprint {fingerprint}, got {words[1:2]}; run the extraction again")
+        raise StoreCorrupt(f"{path} must carry the fingerprint {fingerprint}, got {words[1:2]}; {cure}")
     # a flipped byte in the header that still parses shows when the same content is written again
     tensors = dict(sorted(tensors.items()))
     if save_bytes(tensors, _seal(fingerprint, digest(tensors))) != content:
-        raise StoreCorrupt(f"{path} must hold the bytes that were written, got others; run the extraction again")
+        raise StoreCorrupt(f"{path} must hold the bytes that were written, got others; {cure}")
+    return tensors
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
