@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gradsieve.errors import ModelError
 from gradsieve.gradients.adam import SAFE
 from gradsieve.models import find_model, hash_weights, resolve_dtype, weight_count
 
@@ -22,6 +23,21 @@ def test_moments_beside_the_weights_are_none_of_them(tiny_model: Path, tmp_path:
     assert weight_count(folder) == facts[0] + 7
     assert facts[1] != hash_weights(folder)
     assert facts[2] != find_model(folder).weights
+
+
+def test_another_configuration_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    before = find_model(str(folder)).weights
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("rope_theta", "rope_theta_of_old"))
+    assert find_model(str(folder)).weights != before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"base_model_name_or_path": null}'])
+def test_an_adapter_that_names_no_base_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ModelError, match="must name the adapter's base model, got"):
+        find_model(str(tmp_path))
 
 
 def test_bfloat16_is_warned_of_where_the_processor_emulates_it(

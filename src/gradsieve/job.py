@@ -11,6 +11,7 @@ from gradsieve.compute import REFERENCE_MEMORY
 from gradsieve.data import Format
 from gradsieve.data.corrupt import How
 from gradsieve.data.dedup import THRESHOLD, Dedup
+from gradsieve.errors import InvalidArgument
 from gradsieve.models import DType
 from gradsieve.types import Example
 
@@ -94,7 +95,14 @@ class Job:
 
 
 def file_names(data: Data) -> tuple[str, ...]:
-    """Returns the names of files among what was given."""
+    """Returns the names of files among what was given.
+
+    Raises:
+        InvalidArgument: Something is neither a file nor an `Example`.
+    """
     if isinstance(data, str | Path):
         return (str(data),)
+    strange = [type(part).__name__ for part in data if not isinstance(part, str | Path | Example)]
+    if strange:
+        raise InvalidArgument(f"data must be files or gradsieve.Example objects, got {strange[0]}; write rows to a JSONL file")
     return tuple(str(part) for part in data if not isinstance(part, Example))

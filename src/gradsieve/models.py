@@ -86,6 +86,31 @@ class ModelSource:
             raise ModelError(f"{self.name} could not be loaded as a causal language model: {_first_line(error)}") from error
         return model.to(device).eval()  # type: ignore[no-any-return]
 
+    def require_places(self, largest: int, longest: int) -> None:
+        """Refuses a token or a position that the model has no embedding of.
+
+        Args:
+            largest: Token of the largest number.
+            longest: Tokens of the longest example.
+
+        Raises:
+            ModelError: The model has fewer embeddings, or fewer learned positions.
+        """
+        model: Any = self.skeleton()
+        words = model.get_input_embeddings()
+        if largest >= (count := words.weight.shape[0]):
+            raise ModelError(
+                f"model {self.name} must have an embedding of every token, got token {largest} of its tokenizer and {count} "
+                "embeddings; give the tokenizer that it was trained with, or resize its embeddings"
+            )
+        most = getattr(model.config, "max_position_embeddings", None) or math.inf
+        learned = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+        if longest > most and any(m.num_embeddings >= most for m in learned):
+            raise ModelError(
+                f"model {self.name} must have a place for every token, got {longest} in an example and {most} places; lower "
+                f"--max-length to {most}"
+            )
+
     def skeleton(self) -> torch.nn.Module:
         """Returns the model without its weights: names and shapes of all parameters, on the meta device.
 
@@ -261,7 +286,15 @@ def _adapter_base(folder: Path) -> Path | None:
     config = folder / "adapter_config.json"
     if not config.exists():
         return None
-    return _folder(json.loads(config.read_text())["base_model_name_or_path"])
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{config} must name the adapter's base model, got {error!r}; save the adapter again") from None
+    if not isinstance(base, str):
+        raise ModelError(
+            f"{config} must name the adapter's base model, got {base!r} as base_model_name_or_path; write it there"
+        )
+    return _folder(base)
 
 
 def _hash_files(folder: Path, name: str) -> str:

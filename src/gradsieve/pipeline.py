@@ -227,7 +227,8 @@ class Extraction:
 def extract(job: Job, progress: Progress = silent, check: int = 0) -> Extraction:
     """Takes the gradients of a pool into `job.store`, with sketches of target and anchor and products with their references.
 
-    Every method then finds what it needs there, but for `ifd`, which takes the answers alone besides. `job.budget` is not read.
+    Every method then finds what it needs there, but for what its settings ask besides: `ifd` takes the answers alone, and
+    references of normalised rows or of the anchor's half for a Navigator have stores of their own. `job.budget` is not read.
     `excluded.jsonl` in the store's folder has the examples of this pool that could not be used, with the reason.
 
     Args:

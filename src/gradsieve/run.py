@@ -128,6 +128,9 @@ class Run:
                 tokens.require_usable()
                 self.notes += [note for note in tokens.remarks(job.max_length) if note not in self.notes]
                 self.sets[role] = self.thin(tokens) if self.thin else tokens
+            if any(reads_model(need) for need in self.needs):
+                every = [tokens.input_ids for part in self.sets.values() for tokens in part.tokens]
+                source.require_places(max(int(ids.max()) for ids in every), max(map(len, every)))
         if job.dedup != "off":
             self._drop_duplicates()
         if "navigator" in self.needs:

@@ -175,7 +175,9 @@ def test_the_category_is_a_string_of_the_named_field(tmp_path, value, got):
 def test_a_lone_surrogate_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "q", "completion": "bad \\ud83d"}\n')
-    assert "p.jsonl:1: text must be valid Unicode, got the lone surrogate \\ud83d" in error_of(path)
+    assert "p.jsonl:1: text and id must be valid Unicode, got the lone surrogate \\ud83d" in error_of(path)
+    path.write_text('{"id": "\\ud83d", "prompt": "q", "completion": "good"}\n')
+    assert "p.jsonl:1: text and id must be valid Unicode, got the lone surrogate \\ud83d" in error_of(path)
 
 
 # --- ids and repeats ----------------------------------------------------------------------------------------------------

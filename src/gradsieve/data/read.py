@@ -189,9 +189,10 @@ def _parse_row(row: Row, shape: str, category_field: str) -> _Parsed:
     turns = read_turns(fields, shape, row.origin)
     try:
         digest = _digest(turns)
+        str(fields.get("id", "")).encode()
     except UnicodeEncodeError as error:
         bad = f"\\u{ord(error.object[error.start]):04x}"
-        raise DataError(f"{row.origin}: text must be valid Unicode, got the lone surrogate {bad}; repair the text") from error
+        raise DataError(f"{row.origin}: text and id must be valid Unicode, got the lone surrogate {bad}; repair it") from error
     given = fields.get("id")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int) or given == ""):
         raise DataError(f'{row.origin}: "id" must be a string that is not empty or an integer, got {given!r}; rename the field')
