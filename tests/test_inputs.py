@@ -1,8 +1,10 @@
 """What a run is given: what is refused before the model is loaded, and what is left out with its reason."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -103,6 +105,33 @@ def test_examples_in_memory_need_unique_ids(tiny_model: Path) -> None:
         gs.select(GRADS, model=str(tiny_model), pool=[twice[0], "pool.jsonl"], budget="1", **SMALL)
 
 
+def test_rows_in_memory_must_be_examples(tiny_model: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"files or gradsieve\.Example objects, got dict"):
+        gs.select(GRADS, model=str(tiny_model), pool=[{"prompt": "q", "completion": "a"}], budget="1", **SMALL)
+
+
+def test_tokens_and_places_that_the_model_lacks_are_refused(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    import transformers
+
+    def variant(name: str, model: Any) -> str:
+        folder = tmp_path / name
+        shutil.copytree(tiny_model, folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder)
+        return str(folder)
+
+    small = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    count = small.get_input_embeddings().weight.shape[0]
+    small.resize_token_embeddings(count // 2)
+    config = transformers.GPT2Config(vocab_size=count, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    models = {"must have an embedding of every token": variant("few", small)}
+    models["must have a place for every token"] = variant("short", transformers.GPT2LMHeadModel(config))
+    for expected, model in models.items():
+        with pytest.raises(ModelError, match=expected):
+            gs.select(GRADS, model=model, pool=data["pool"], budget="5", **SMALL)
+        gs.select("random", model=model, pool=data["pool"], budget="5", **SMALL)
+
+
 def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(data["anchor"]).read_text().splitlines()][:4]
     wrong = tmp_path / "wrong.jsonl"
@@ -116,6 +145,15 @@ def test_own_wrong_copies_make_the_contrast(data: dict[str, str], tiny_model: Pa
     assert any("of --corrupted were not used: ogs-static as it is set reads no contrast" in note for note in unused.notes)
     built_in = gs.select("ogs-static", settings={"against": "contrast"}, **common)
     assert built_in.references["contrast/anchor:arithmetic"].count == 6
+    target = Path(data["target"])
+    named = [json.loads(line) for line in target.read_text().splitlines()]
+    target.write_text(
+        "".join(json.dumps({**row, "id": rows[0]["id"]} if i == 0 else row) + "\n" for i, row in enumerate(named))
+    )
+    assert f"no ids where --corrupted names copies by id, got {rows[0]['id']!r} in both" in bad(
+        {"corrupted": (str(wrong),)}, data, tiny_model
+    )
+    target.write_text("".join(json.dumps(row) + "\n" for row in named))
     wrong.write_text(json.dumps({"id": "stranger", "prompt": "a", "completion": "b"}) + "\n")
     assert "got " + str(wrong) in bad({"corrupted": (str(wrong),)}, data, tiny_model)
 

@@ -102,6 +102,11 @@ def _add_replay(inputs: Inputs, replay: Sequence[Example]) -> None:
 
 
 def _copies(inputs: Inputs, corrupted: Sequence[Example]) -> dict[str, Example]:
+    ids = [{example.id for example in inputs.examples.get(role, ())} for role in ("anchor", "target")]
+    if both := ids[0] & ids[1]:
+        raise InvalidArgument(
+            f"anchor and target must share no ids where --corrupted names copies by id, got {min(both)!r} in both; rename one"
+        )
     copies = {example.id: example for example in corrupted}
     originals = {example.id: example for role in ("anchor", "target") for example in inputs.examples.get(role, ())}
     for id, copy in copies.items():
