@@ -57,6 +57,17 @@ def test_the_same_text_goes_and_the_smallest_id_stays():
     assert find_duplicates(pool, "exact", 0.7)[0].reason(pool) == "copy of b"
 
 
+@pytest.mark.parametrize("how", ["exact", "near"])
+def test_other_calls_of_tools_are_no_copies(how):
+    def asked(id, city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        turns = ({"role": "user", "content": "How is it there?"}, {"role": "assistant", "content": None, "tool_calls": [call]})
+        return Example(id, turns, b"{}", "memory")
+
+    pool = [asked("a", "Rome, the eternal one"), asked("b", "Oslo by the fjord"), asked("c", "Rome, the eternal one")]
+    assert [(found.position, found.of) for found in find_duplicates(pool, how, 0.9)] == [(2, 0)]
+
+
 def test_case_punctuation_and_spacing_do_not_hide_a_near_duplicate():
     pool = [example("a", "What is a fever, in medicine?"), example("b", "what is a  FEVER in medicine"), example("c", "dogs")]
     assert found(pool, "exact") == {}

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from gradsieve.data.read import content_hash
 from gradsieve.data.texts import text_of
 from gradsieve.errors import InvalidArgument, MissingExtra
 from gradsieve.types import Example
@@ -63,8 +64,8 @@ def find_duplicates(examples: Sequence[Example], how: Dedup, threshold: float) -
 
     Args:
         examples: The pool.
-        how: `exact`: the same text of every turn; `near`: texts whose shingles of 4 letters, weighed by `rarity`, have a
-            Jaccard index of at least the threshold, letter case, punctuation and spacing left out; `off`: none.
+        how: `exact`: the same text and calls of tools in every turn; `near`: texts whose shingles of 4 letters, weighed by
+            `rarity`, have a Jaccard index of at least the threshold, letter case, punctuation and spaces left out; `off`: none.
         threshold: In (0, 1]; read with `near` only.
 
     Returns:
@@ -79,11 +80,11 @@ def find_duplicates(examples: Sequence[Example], how: Dedup, threshold: float) -
     if how == "off":
         return []
     by_id = sorted(range(len(examples)), key=lambda i: examples[i].id)
-    first: dict[bytes, int] = {}
+    first: dict[str, int] = {}
     found = []
     stays = []
     for i in by_id:
-        other = first.setdefault(_key(examples[i]), i)
+        other = first.setdefault(content_hash(examples[i]), i)
         if other == i:
             stays.append(i)
         else:
@@ -132,15 +133,6 @@ def rarity(texts: Sequence[npt.NDArray[np.uint64]]) -> tuple[list[npt.NDArray[np
     _, numbered, count = np.unique(np.concatenate(texts), return_inverse=True, return_counts=True)
     weight = np.rint(np.log2(1 + len(texts) / count)).astype(np.int64)
     return np.split(numbered, np.cumsum([len(text) for text in texts])[:-1]), weight
-
-
-def _key(example: Example) -> bytes:
-    hasher = xxhash.xxh3_128()
-    for turn in example.messages:
-        for part in (str(turn["role"]), str(turn.get("content") or "")):
-            encoded = part.encode()
-            hasher.update(b"%d " % len(encoded) + encoded)
-    return hasher.digest()
 
 
 def _near(examples: Sequence[Example], stays: Sequence[int], threshold: float) -> list[Duplicate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ from gradsieve.types import Example
 
 
 def text_of(example: Example) -> str:
-    """Returns what is said in all turns, one a line, without roles."""
-    return "\n".join(str(turn.get("content") or "") for turn in example.messages)
+    """Returns what is said in all turns, one a line, without roles; calls of tools as JSON."""
+    lines: list[str] = []
+    for turn in example.messages:
+        lines.append(str(turn.get("content") or ""))
+        lines += [json.dumps(call, ensure_ascii=False, sort_keys=True, default=str) for call in turn.get("tool_calls") or ()]
+    return "\n".join(lines)
 
 
 def words(text: str) -> list[str]:
