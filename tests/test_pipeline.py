@@ -1,6 +1,7 @@
 """The main job from files to a folder, and what single methods ask of it."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -306,3 +307,20 @@ def test_replay_examples_join_the_pool_and_are_told(
         gs.select("ogs", replay=(data["pool"],), budget="4", **run)
     with pytest.raises(InvalidArgument, match="the demo has pool, target and anchor"):
         gs.select("ogs", replay=("demo",), budget="4", **run)
+
+
+def test_a_record_is_json_whatever_the_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"r{i}", "prompt": f"Letter {i}?", "completion": "a", "planted": [True, 3, None, "no"][i % 4]} for i in range(12)
+    ]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = gs.select("perplexity", model=str(tiny_model), pool=str(pool), budget="3", dtype="float32", out=str(tmp_path / "o"))
+    assert math.isnan(done.selection.trace["length_correlation"]["loss"])  # all are of one length
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    record = json.loads((tmp_path / "o" / "run.json").read_text(), parse_constant=refuse)
+    assert record["trace"]["length_correlation"]["loss"] is None
+    assert "planted kinds" not in (tmp_path / "o" / "report.html").read_text()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +52,7 @@ def save(result: Result, out: Path) -> Path:
         _write_scores(result, out / "scores.parquet")
         write_excluded(out, result.excluded, result.sets["pool"].examples)
     record = _record(result)
-    write_atomically(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(out / "run.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     write_report(page(result, record), out / "report.html")
     return out
 
@@ -126,7 +127,8 @@ def page(result: Result, record: Mapping[str, Any] | None = None) -> Page:
     by_id = {example.id: example for example in result.sets["pool"].examples}
     ids = list(result.pool.ids)
     excluded = [(e.id, e.reason) for e in result.excluded]
-    return page_of(record or _record(result), [by_id[id] for id in ids], dict(result.pool.columns), result.selection, excluded)
+    selection = dataclasses.replace(result.selection, trace=_plain(result.selection.trace))  # as a rebuilt report has it
+    return page_of(record or _record(result), [by_id[id] for id in ids], dict(result.pool.columns), selection, excluded)
 
 
 def page_of(
@@ -177,8 +179,8 @@ def page_of(
 
 def _groups(examples: Sequence[Example]) -> tuple[list[str | None] | None, str]:
     """The demo's planted kinds where the examples carry them, else their categories, else nothing."""
-    planted: list[str | None] = [row_fields(e).get("planted") if b'"planted"' in e.raw else None for e in examples]
-    if any(planted):
+    planted = [row_fields(e).get("planted") if b'"planted"' in e.raw else None for e in examples]
+    if any(planted) and all(kind is None or isinstance(kind, str) for kind in planted):
         return planted, "planted kinds"
     categories = [example.category for example in examples]
     return (categories, "categories") if any(categories) else (None, "groups")
@@ -235,12 +237,14 @@ def _per_row(result: Result) -> dict[str, list[float | None]]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
+    """The value as JSON has it, which has no NaN and no infinity: they are null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(result: Result) -> dict[str, Any]:
@@ -248,7 +252,7 @@ def _record(result: Result) -> dict[str, Any]:
     job = dataclasses.asdict(result.job)
     per_row = _per_row(result)
     chosen = [result.pool.ids[row] for row in result.selection.rows.tolist()]
-    return {
+    record: dict[str, Any] = {
         "gradsieve": __version__,
         "date": now(),
         "method": {"name": name, "settings": dataclasses.asdict(selector)},  # type: ignore[call-overload]
@@ -277,7 +281,7 @@ def _record(result: Result) -> dict[str, Any]:
         },
         "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,
         "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
-        "trace": {key: _plain(value) for key, value in result.selection.trace.items() if key not in per_row},
+        "trace": {key: value for key, value in result.selection.trace.items() if key not in per_row},
         "trace_columns": sorted(per_row),
         "notes": [*result.notes, *result.selection.notes],
         "excluded": len(result.excluded),
@@ -285,6 +289,7 @@ def _record(result: Result) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "hardware": hardware(result.job.device),
     }
+    return {key: _plain(value) for key, value in record.items()}
 
 
 def data_digest(examples: Iterable[Example]) -> str:
