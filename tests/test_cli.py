@@ -64,6 +64,21 @@ def test_a_yaml_file_stands_for_flags_and_flags_win(tiny_model: Path, write_data
     assert json.loads((tmp_path / "yaml" / "run.json").read_text())["job"]["budget"] == "3"
 
 
+def test_yamls_words_are_flags_as_they_stand(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("dedup: off\ncheckpointing: true\nwarmup_recipe: null\nbudget: 3\n")
+    arguments = [*flags(tiny_model, write_data, tmp_path / "o")]
+    at = arguments.index("--budget")
+    assert cli.run(["select", "random", f"--config={tmp_path / 'job.yaml'}", *arguments[:at], *arguments[at + 2 :]]) == 0
+    job = json.loads((tmp_path / "o" / "run.json").read_text())["job"]
+    assert (job["dedup"], job["checkpointing"], job["warmup_recipe"], job["budget"]) == ("off", True, None, "3")
+
+
+@pytest.mark.parametrize("arguments", [["methods", "--help"], ["store", "--help"], ["store", "info", "--help"]])
+def test_commands_without_options_have_help_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 0
+    assert f"usage: gradsieve {arguments[0]}" in capsys.readouterr().out
+
+
 def test_method_settings_are_flags(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
     arguments = flags(tiny_model, write_data, tmp_path / "o")
     assert cli.run(["select", "random", *arguments, "--stratify", "length", "--bins", "3"]) == 0
@@ -104,6 +119,7 @@ def test_methods_shows_the_table_of_the_readme(capsys: pytest.CaptureFixture[str
         (["store", "info", "nowhere"], "must be a gradient store"),
         (["replay", "nowhere/run.json"], "must be the run.json"),
         (["select", "--config", "nowhere.yaml"], "must be a readable YAML"),
+        (["select", "--config", sys.executable], "must be a readable YAML"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_two(

@@ -135,10 +135,13 @@ def _extract(arguments: list[str]) -> int:
 def _print_check(checked: Sequence[Any], count: int) -> int:
     """Prints what was compared with float64 loops; returns the exit status."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("quantity", "largest error", "tolerance", "", "worst example", box=None, header_style="bold", pad_edge=False)
     for one in checked:
-        table.add_row(one.name, f"{one.error:.2e}", f"{one.tolerance:.0e}", "ok" if one.passed else "TOO LARGE", one.worst)
+        table.add_row(
+            one.name, f"{one.error:.2e}", f"{one.tolerance:.0e}", "ok" if one.passed else "TOO LARGE", Text(one.worst)
+        )
     make_console().print(table, highlight=False)
     wrong = [one.name for one in checked if not one.passed]
     if wrong:
@@ -148,6 +151,9 @@ def _print_check(checked: Sequence[Any], count: int) -> int:
 
 
 def _methods(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print("usage: gradsieve methods\n\nShows what each method needs, reads, picks by and costs; it has no options.")
+        return 0
     if arguments:
         return _fail(f"methods must stand alone, got {' '.join(arguments)}")
     from rich.table import Table
@@ -164,6 +170,10 @@ def _methods(arguments: list[str]) -> int:
 
 
 def _store(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print("usage: gradsieve store info|verify DIR\n\ninfo    what the stores in a folder hold, and what made their rows")
+        print("verify  read every byte; exit status 2 where one is not as it was written")
+        return 0
     if len(arguments) != 2 or arguments[0] not in ("info", "verify"):
         return _fail("store must be followed by info or verify and a folder, got " + (" ".join(arguments) or "nothing"))
     from gradsieve.store import GradientStore
@@ -329,10 +339,16 @@ def _select_command(kind: type) -> type:
     return command
 
 
+_YAML = {"true": "True", "false": "False", "null": "None", "~": "None", "": "None"}
+"""What YAML's words are called as flags."""
+
+
 def _with_config(arguments: list[str]) -> list[str]:
     """Puts the keys of `--config FILE.yaml` before the other flags, which win; `method` becomes the first word."""
     from gradsieve.errors import DataError, InvalidArgument
 
+    parts = [word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments]
+    arguments = [word for part in parts for word in part]
     if "--config" not in arguments:
         return arguments
     at = arguments.index("--config")
@@ -342,8 +358,8 @@ def _with_config(arguments: list[str]) -> list[str]:
 
     path, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)  # `off` stays a word
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: must be a readable YAML file, got {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: must hold `flag: value` lines, got {type(content).__name__}")
@@ -355,7 +371,7 @@ def _with_config(arguments: list[str]) -> list[str]:
     for key, value in content.items():
         flag = "--" + str(key).replace("_", "-")
         if flag not in given:
-            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+            flags += [flag, *(_YAML.get(str(word), str(word)) for word in (value if isinstance(value, list) else [value]))]
     return method + flags + rest
 
 
