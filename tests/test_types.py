@@ -28,6 +28,11 @@ def test_a_budget_that_means_nothing_is_refused(text: str) -> None:
         Budget.parse(text)
 
 
+def test_a_share_of_whole_examples_is_not_rounded_below_them() -> None:
+    pool = ArrayGradients([str(i) for i in range(100)], torch.ones(100, 1))
+    assert all(Budget.parse(f"{share}%").limit(pool) == share for share in range(1, 101))
+
+
 def test_a_budget_never_pays_for_more_than_it_has() -> None:
     pool = ArrayGradients(["a", "b", "c"], torch.zeros(3, 2), {"tokens": torch.tensor([4.0, 3.0, 5.0])})
     order = torch.tensor([2, 1, 0])
