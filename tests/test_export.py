@@ -103,10 +103,12 @@ def test_llamafactory_finds_its_data_through_the_registry(run: Path) -> None:
 
 def test_axolotl_trains_on_assistant_turns_only(run: Path) -> None:
     out, _ = export(Export(run, "axolotl"))
-    (data,) = yaml.safe_load((out / "axolotl.yaml").read_text())["datasets"]
+    config = yaml.safe_load((out / "axolotl.yaml").read_text())
+    (data,) = config["datasets"]
     rows = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
     assert [row["messages"] for row in rows] == chosen_messages(run)
     assert (data["roles_to_train"], data["train_on_eos"]) == (["assistant"], "turn")
+    assert (config["sequence_len"], config["excess_length_strategy"]) == (1024, "truncate")
 
 
 def test_parquet_and_datasets_keep_order_and_weights(run: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_folder_with_files_is_not_written_over(run: Path) -> None:
         export(Export(run))
 
 
-def choose_all(rows: list[dict[str, Any]], model: Path, tmp_path: Path, **job: Any) -> Path:
+def choose_all(rows: list[dict[str, Any]], model: Any, tmp_path: Path, **job: Any) -> Path:
     """A run that chooses every row of a pool."""
     pool = tmp_path / "all.jsonl"
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -146,6 +148,61 @@ def test_a_turn_with_more_than_text_is_refused_not_cut(tiny_model: Path, tmp_pat
     run = choose_all([{"messages": turns}], tiny_model, tmp_path)
     with pytest.raises(DataError, match="turns must be role and text for this format, got name"):
         export(Export(run, "axolotl"))
+
+
+@pytest.mark.parametrize("format", ["llamafactory", "axolotl", "parquet", "hf"])
+@pytest.mark.parametrize("field", [{"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"enable_thinking": True}}])
+def test_what_a_row_gives_to_its_template_is_refused_not_lost(
+    format: Any, field: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    run = choose_all([{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b", **field}], tiny_model, tmp_path)
+    with pytest.raises(
+        DataError, match=r"rows must be turns alone for this format, got .* for the chat template; export to trl"
+    ):
+        export(Export(run, format))
+    export(Export(run, "trl"))
+
+
+@pytest.mark.parametrize(
+    "roles",
+    ["assistant", "assistant user assistant", "user user assistant", "user assistant tool assistant", "system assistant"],
+)
+def test_what_llamafactory_would_skip_is_refused(roles: str, tiny_model: Path, tmp_path: Path) -> None:
+    whole = [{"role": role, "content": "text"} for role in ("system", "user", "assistant", "user", "assistant")]
+    turns = [{"role": role, "content": "text"} for role in roles.split()]
+    run = choose_all([{"messages": whole}, {"messages": turns}], tiny_model, tmp_path)
+    with pytest.raises(DataError, match=f"got {', '.join(roles.split())}, which llamafactory would skip; export to trl"):
+        export(Export(run, "llamafactory"))
+    export(Export(run, "axolotl"))
+
+
+def test_the_runs_own_chat_template_is_written_or_named(tiny_model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{# mine #}" + (tiny_model / "chat_template.jinja").read_text())
+    run = choose_all([{"prompt": "q", "completion": "a"}], tiny_model, tmp_path, chat_template=str(template))
+    config = yaml.safe_load((export(Export(run, "axolotl"))[0] / "axolotl.yaml").read_text())
+    assert (config["chat_template"], config["chat_template_jinja"]) == ("jinja", template.read_text())
+    for format, cure in (("llamafactory", "save it as chat_template.jinja"), ("parquet", "give it to"), ("hf", "give it to")):
+        _, notes = export(Export(run, format))
+        assert f"the chat template {template}, which is not in these files: {cure}" in notes[-1]
+
+
+def test_the_trained_model_is_a_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsieve.demo.demo_model_dir", lambda: tiny_model)
+    run = choose_all([{"prompt": "q", "completion": "a"}], "demo", tmp_path)
+    named = {"trl": ("sft.yaml", "model_name_or_path"), "llamafactory": ("train.yaml", "model_name_or_path")}
+    for format, (file, key) in (named | {"axolotl": ("axolotl.yaml", "base_model")}).items():
+        assert yaml.safe_load((export(Export(run, format))[0] / file).read_text())[key] == str(tiny_model)
+
+
+@pytest.mark.parametrize("format", ["trl", "llamafactory", "axolotl"])
+def test_a_model_object_has_no_folder(format: Any, tiny_llama: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = find_model(tiny_model).tokenizer
+    run = choose_all([{"prompt": "q", "completion": "a"}], tiny_llama(), tmp_path, tokenizer=tokenizer)
+    with pytest.raises(InvalidArgument, match="must name its model's folder, got a model object; export to parquet instead"):
+        export(Export(run, format))
+    assert not any((run / f"export-{format}").iterdir())
+    export(Export(run, "parquet"))
 
 
 def test_other_folders_are_no_selections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

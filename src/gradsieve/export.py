@@ -5,6 +5,8 @@ llamafactory   `train.json`, `dataset_info.json`, and `train.yaml` for `llamafac
 axolotl        `train.jsonl`, and `axolotl.yaml` for `axolotl train`
 parquet        `train.parquet`: id, messages, rank, score, weight
 hf             `train/`, the same columns, for `datasets.load_from_disk`
+
+What a format cannot hold, so that training would be on less than was chosen, is refused; what is left to do by hand is a note.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from gradsieve.atomic import replacing, write_atomically
 from gradsieve.data import Format, Tokens, tokenize
 from gradsieve.data.files import Row, read_rows
 from gradsieve.data.shapes import detect_shape, read_turns
-from gradsieve.data.template import read_template
+from gradsieve.data.template import read_template, template_arguments
 from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.models import ModelSource, find_model
 from gradsieve.outputs import data_digest, selection_digest
@@ -127,10 +129,7 @@ def _trl(chosen: Chosen, out: Path) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    job, model = chosen.record["job"], chosen.record["model"]
-    if model["live"]:
-        raise InvalidArgument("the run must name its model's folder, got a model object; export to parquet instead")
-    source = find_model(job["model"], trust_remote_code=job["trust_remote_code"])
+    job, source = chosen.record["job"], _model(chosen)
     tokens = _tokens(chosen.examples, source, job["max_length"], read_template(job["chat_template"]))
     table = pa.table(
         {
@@ -166,6 +165,18 @@ def _trl(chosen: Chosen, out: Path) -> list[str]:
     return notes
 
 
+def _model(chosen: Chosen) -> ModelSource:
+    """Returns the model that is to be trained.
+
+    Raises:
+        InvalidArgument: The run was given a model object, which no file can name.
+    """
+    if chosen.record["model"]["live"]:
+        raise InvalidArgument("the run must name its model's folder, got a model object; export to parquet instead")
+    job = chosen.record["job"]
+    return find_model(job["model"], trust_remote_code=job["trust_remote_code"])
+
+
 def _tokens(examples: Sequence[Example], source: ModelSource, max_length: int, template: str | None) -> list[Tokens]:
     """Returns every example's tokens for the model that is to be trained, which a Navigator's tokenizer need not agree with.
 
@@ -183,7 +194,10 @@ def _tokens(examples: Sequence[Example], source: ModelSource, max_length: int, t
 
 
 def _llamafactory(chosen: Chosen, out: Path) -> list[str]:
+    source = _model(chosen)
     rows = [{"id": example.id, "messages": _plain(example)} for example in chosen.examples]
+    for example in chosen.examples:
+        _require_alternation(example)
     write_atomically(out / "train.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
     entry = {
         "file_name": "train.json",
@@ -201,7 +215,7 @@ def _llamafactory(chosen: Chosen, out: Path) -> list[str]:
     config = {
         "stage": "sft",
         "do_train": True,
-        "model_name_or_path": chosen.record["job"]["model"],
+        "model_name_or_path": str(source.folder),
         "dataset_dir": str(out.absolute()),
         "dataset": "gradsieve",
         "output_dir": str((out / "model").absolute()),
@@ -224,10 +238,12 @@ def _llamafactory(chosen: Chosen, out: Path) -> list[str]:
     return [
         f"train with: llamafactory-cli train {out / 'train.yaml'}",
         "no `template` is set, so that LLaMA-Factory reads the model's own chat template; it tokenises by itself",
+        *_template_note(chosen, "save it as chat_template.jinja in a copy of the model's folder, and name that in train.yaml"),
     ]
 
 
 def _axolotl(chosen: Chosen, out: Path) -> list[str]:
+    source, own = _model(chosen), read_template(chosen.record["job"]["chat_template"])
     rows = (json.dumps({"id": e.id, "messages": _plain(e)}, ensure_ascii=False).encode() + b"\n" for e in chosen.examples)
     write_atomically(out / "train.jsonl", b"".join(rows))
     data = {
@@ -239,12 +255,14 @@ def _axolotl(chosen: Chosen, out: Path) -> list[str]:
         "roles_to_train": ["assistant"],
         "train_on_eos": "turn",
     }
+    template = {"chat_template": "jinja", "chat_template_jinja": own} if own else {"chat_template": "tokenizer_default"}
     config = {
-        "base_model": chosen.record["job"]["model"],
-        "chat_template": "tokenizer_default",
+        "base_model": str(source.folder),
+        **template,
         "datasets": [data],
         "train_on_inputs": False,
         "sequence_len": chosen.record["job"]["max_length"],
+        "excess_length_strategy": "truncate",  # as the gradients were taken; longer examples are left out by default
         "sample_packing": False,
         "adapter": "lora",
         "lora_r": 16,
@@ -269,14 +287,14 @@ def _parquet(chosen: Chosen, out: Path) -> list[str]:
 
     with replacing(out / "train.parquet") as file:
         pq.write_table(_table(chosen), file)
-    return []
+    return _template_note(chosen, "give it to your trainer")
 
 
 def _hf(chosen: Chosen, out: Path) -> list[str]:
     import datasets
 
     datasets.Dataset(_table(chosen)).save_to_disk(out / "train")
-    return []
+    return _template_note(chosen, "give it to your trainer")
 
 
 _WRITERS: dict[Target, Callable[[Chosen, Path], list[str]]] = {
@@ -304,13 +322,36 @@ def _table(chosen: Chosen) -> Any:
 
 
 def _plain(example: Example) -> list[dict[str, str]]:
-    """Returns the turns as role and content; what else a turn carries would be lost, so it is refused."""
+    """Returns the turns as role and content; what else a turn or its row says would be lost, so it is refused."""
+    if beside := template_arguments(example):
+        what = ", ".join(sorted(beside))
+        raise DataError(
+            f"{example.origin}: rows must be turns alone for this format, got {what} for the chat template; "
+            "export to trl instead"
+        )
     for turn in example.messages:
         more = sorted(key for key, value in turn.items() if key not in ("role", "content") and value is not None)
         if more or not isinstance(turn["content"], str):
             what = ", ".join(more) or "content that is no text"
             raise DataError(f"{example.origin}: turns must be role and text for this format, got {what}; export to trl instead")
     return [{"role": turn["role"], "content": turn["content"]} for turn in example.messages]
+
+
+def _require_alternation(example: Example) -> None:
+    """Refuses a conversation that LLaMA-Factory would skip with a warning: it knows questions with their answers alone."""
+    roles = [turn["role"] for turn in example.messages]
+    said = roles[1:] if roles[0] == "system" else roles
+    if said != ["user", "assistant"] * (len(said) // 2):
+        raise DataError(
+            f"{example.origin}: turns must alternate between user and assistant, got {', '.join(roles)}, which llamafactory "
+            "would skip; export to trl or axolotl instead"
+        )
+
+
+def _template_note(chosen: Chosen, cure: str) -> list[str]:
+    """Returns what must be done about a chat template of the run's own, which the format cannot hold."""
+    path = chosen.record["job"]["chat_template"]
+    return [f"the gradients were taken with the chat template {path}, which is not in these files: {cure}"] if path else []
 
 
 def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:

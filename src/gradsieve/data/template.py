@@ -178,7 +178,7 @@ class _Template:
         """
         import jinja2
 
-        arguments = _template_arguments(example)
+        arguments = template_arguments(example)
         try:
             if _MARKER.search(self.text):
                 return self._marked(example.messages, arguments)
@@ -219,8 +219,12 @@ class _Template:
         return marked_spans(turns, texts[0], blocks[0], self.added_tokens)
 
 
-def _template_arguments(example: Example) -> dict[str, Any]:
-    """Returns what the row gives to its template beside the conversation."""
+def template_arguments(example: Example) -> dict[str, Any]:
+    """Returns what the row gives to its template beside the conversation.
+
+    Raises:
+        SpanError: A field of it is not what it must be.
+    """
     if b'"tools"' not in example.raw and b'"chat_template_kwargs"' not in example.raw:
         return {}
     fields = row_fields(example)
