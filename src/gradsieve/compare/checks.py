@@ -8,7 +8,7 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, RANDOM, Arm, Config
 from gradsieve.compare.material import Material
 from gradsieve.compare.speed import expected_examples
-from gradsieve.compare.stores import job_settings, reads_store, selector, shared_work, store_kind, warmup_of
+from gradsieve.compare.stores import job_settings, reads_store, rehearse, selector, store_kind, warmup_of
 from gradsieve.compare.training import resolved_recipe
 from gradsieve.compute import ComputeSettings
 from gradsieve.data.dedup import check_dedup
@@ -130,7 +130,7 @@ def check_gradients(material: Material) -> None:
         job = Job(**job_settings(material))
         check_dedup(job.dedup, job.dedup_threshold)
         for arm in (config.arm(RANDOM), *kinds.values()):
-            shared_work(material, arm, config.seeds[0])
+            rehearse(material, arm, config.seeds[0])
             _check_recipe(material, arm, job)
         _check_parameters(material, job)
     except GradsieveError as error:
@@ -150,5 +150,7 @@ def _check_recipe(material: Material, arm: Arm, job: Job) -> None:
 def _check_parameters(material: Material, job: Job) -> None:
     """Refuses `params` that name none of the model's; LoRA matrices may come with a warm-up."""
     if job.params != "auto" and "lora" not in job.params:
-        source = material.source if job.navigator is None else find_model(job.navigator)
+        source = (
+            material.source if job.navigator is None else find_model(job.navigator, trust_remote_code=job.trust_remote_code)
+        )
         chosen_size(source.skeleton(), job.params)

@@ -37,6 +37,7 @@ WHOLE, ROWS = "whole.json", "rows.json"
 AGAIN = " again"
 _OF_POOL = "of the pool"  # in the names of the stages that every pool has its own part of
 _WRITE_EVERY_S = 5.0
+_FEW = 32  # examples that a rehearsal takes
 _WORK = {
     "references": "references",
     "answers alone": "pool alone",
@@ -130,7 +131,7 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """
     own = _tokens(material, [seed])
     share = sum(own.values()) / sum((own | _tokens(material, _together(material, arm, seed)) | _held(store)).values())
-    mine, all_work = _work(material, selector(arm), seed), shared_work(material, arm, seed)
+    mine, all_work = _work(material, selector(arm), seed), _shared_work(material, arm, seed)
     spent: Mapping[str, float] = read_json(store / "spent.json")["seconds"]
     seconds = 0.0
     for stage, taken in spent.items():
@@ -141,9 +142,21 @@ def _seconds_of(store: Path, material: Material, arm: Arm, seed: int) -> float:
     return seconds
 
 
-def shared_work(material: Material, arm: Arm, seed: int) -> Mapping[str, float]:
+def _shared_work(material: Material, arm: Arm, seed: int) -> Mapping[str, float]:
     """Returns what all gradients of one seed's data are that share a store with an arm's; see `_work`."""
     return _work(material, _everything(material, arm), seed)
+
+
+def rehearse(material: Material, arm: Arm, seed: int) -> None:
+    """Reads and checks all that taking an arm's gradients begins with, of few of the pool's examples.
+
+    Raises:
+        GradsieveError: They could not be taken.
+    """
+    pool = material.trainable(seed).pool
+    few = [pool.examples[position] for position in pool.kept[:_FEW]]
+    job = Job(**job_settings(material) | {"dedup": "off"})
+    passes(_everything(material, arm), job, _data(material, seed) | {"pool": few})
 
 
 def _work(material: Material, method: Selector, seed: int) -> Mapping[str, float]:
@@ -248,7 +261,7 @@ def _open(study: Path, material: Material, arms: Collection[str] | None) -> dict
 
 def _passes_left(store: Path, material: Material, arm: Arm, seed: int) -> float:
     """What the job of one seed computes, with the rows of all seeds' pools in place of its own, and without what is there."""
-    work = shared_work(material, arm, seed)
+    work = _shared_work(material, arm, seed)
     filled = _filled(store)
     there = _held(store) | _tokens(material, [one for one in material.config.seeds if material.sides(one).digest in filled])
     wanted = _tokens(material, _together(material, arm, seed))
