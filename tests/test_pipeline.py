@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -159,6 +161,61 @@ def test_a_third_party_method_needs_no_registration(data: dict[str, str], tiny_m
     assert result.method[0].endswith(":Shortest")
 
 
+@dataclass(frozen=True)
+class Weighted(Shortest):
+    """A third party's method with weights, and numbers per row and per step."""
+
+    weight: ClassVar[float] = 1.0
+
+    def select(self, problem: gs.Problem, budget: gs.Budget, rng: torch.Generator) -> gs.Selection:
+        plain, n = super().select(problem, budget, rng), len(problem.candidates.ids)
+        weights = plain.weights.clone()
+        weights[0] = self.weight
+        trace = {"second": list(range(n)), "first": [None, *range(1, n)], "error": [0.5] * n}
+        return gs.Selection(plain.rows, weights, plain.scores, trace, per_row=("second", "first"))
+
+
+def test_only_what_a_method_declares_per_row_is_told_per_row(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    from gradsieve.outputs import page
+    from gradsieve.rebuild import read_page
+    from gradsieve.report.facts import row_values, step_panels
+
+    own = gs.select(Weighted(), model=str(tiny_model), pool=data["pool"], budget="100%", out=tmp_path / "own")
+    scores = pq.read_table(tmp_path / "own" / "scores.parquet").to_pydict()
+    assert [name for name in scores if name.startswith("trace/")] == ["trace/second", "trace/first"]
+    assert scores["trace/first"] == [None, *range(1, 24)]
+    assert json.loads((tmp_path / "own" / "run.json").read_text())["trace"] == {"error": [0.5] * 24}
+    for shown in (page(own), read_page(tmp_path / "own")):
+        assert list(row_values(shown))[-2:] == ["second", "first"]
+    for method, steps in ((gs.Curiosity(), "information"), (gs.RDS(), "similarity")):
+        out = tmp_path / steps
+        gs.select(method, model=str(tiny_model), pool=data["pool"], target=data["target"], budget="100%", out=out, **SMALL)
+        assert f"trace/{steps}" not in pq.read_table(out / "scores.parquet").column_names
+        shown = read_page(out)
+        assert len(shown.selection.trace[steps]) == 24
+        assert steps in step_panels(shown)
+        assert steps not in row_values(shown)
+
+
+def test_replay_notices_another_model_and_other_weights_of_the_same_rows(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsieve.outputs import replay
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    gs.select(Weighted(), model=str(model), pool=data["pool"], budget="4", out=tmp_path / "a")
+    replay(tmp_path / "a" / "run.json", tmp_path / "b")
+    monkeypatch.setattr(Weighted, "weight", 0.5)
+    with pytest.raises(InvalidArgument, match=r"the selection must be that of .*run\.json, got another one"):
+        replay(tmp_path / "a" / "run.json", tmp_path / "c")
+    monkeypatch.undo()
+    config = model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    with pytest.raises(InvalidArgument, match=r"model must be the one of .*run\.json, got other weights in"):
+        replay(tmp_path / "a" / "run.json", tmp_path / "d")
+
+
 def test_a_number_of_the_examples_can_rank_them(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool.jsonl"
     rows = [{"prompt": f"p{i}", "completion": f"c{i}", "stars": (i * 7) % 10} for i in range(10)]
@@ -270,8 +327,6 @@ def test_the_policy_is_played_on_a_live_model_and_the_model_is_left_as_it_was(
 
 
 def test_a_navigator_scores_in_the_place_of_the_model(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     small = tmp_path / "small"
     shutil.copytree(tiny_model, small)
     result = gs.select("orth-only", model=str(tiny_model), navigator=str(small), **data, budget="4", **SMALL)

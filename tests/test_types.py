@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.types import ArrayGradients, Budget
+from gradsieve.types import ArrayGradients, Budget, Selection
 
 
 @given(st.floats(1e-9, 100, allow_nan=False))
@@ -69,3 +69,12 @@ def test_a_matrix_becomes_gradients_with_unit_references() -> None:
         ArrayGradients.from_matrix(G, references={"anchor": torch.zeros(2)})
     with pytest.raises(InvalidArgument, match="ids must be unique"):
         ArrayGradients(["a", "a"], G)
+
+
+def test_what_is_said_to_be_per_row_has_a_number_per_row() -> None:
+    trace = {"fine": [0.5, None, 1], "short": [0.5, 1.0], "text": ["a", "b", "c"], "table": {"a": 1, "b": 2, "c": 3}}
+    common = (torch.tensor([2]), torch.ones(1), torch.zeros(3), trace)
+    assert Selection(*common, per_row=("fine",)).per_row == ("fine",)
+    for name in ("short", "text", "table", "missing"):
+        with pytest.raises(InvalidArgument, match=rf"per_row must name lists of 3 numbers .*, got '{name}'"):
+            Selection(*common, per_row=(name,))

@@ -226,14 +226,9 @@ def score_column(entry: str) -> str:
 
 
 def _per_row(result: Result) -> dict[str, list[float | None]]:
-    """The entries of the trace that have one number per row of the pool."""
-    n = len(result.pool.ids)
-    rows = {}
-    for name, values in result.selection.trace.items():
-        plain = _plain(values)
-        if isinstance(plain, list) and len(plain) == n and all(v is None or isinstance(v, int | float) for v in plain):
-            rows[name] = [None if v is None else float(v) for v in plain]
-    return rows
+    """The entries of the trace that the method says have one number per row of the pool."""
+    trace = result.selection.trace
+    return {name: [None if v is None else float(v) for v in trace[name]] for name in result.selection.per_row}
 
 
 def _plain(value: Any) -> Any:
@@ -282,7 +277,7 @@ def _record(result: Result) -> dict[str, Any]:
         "overhead": dataclasses.asdict(result.overhead) if result.overhead is not None else None,
         "references": {name: dataclasses.asdict(fact) for name, fact in result.references.items()},
         "trace": {key: value for key, value in result.selection.trace.items() if key not in per_row},
-        "trace_columns": sorted(per_row),
+        "trace_columns": list(per_row),
         "notes": [*result.notes, *result.selection.notes],
         "excluded": len(result.excluded),
         "stages": [dataclasses.asdict(cost) for cost in result.clock.costs],

@@ -99,4 +99,5 @@ def _selection(record: Mapping[str, Any], scores: Mapping[str, list[Any]]) -> Se
         weights=torch.tensor(scores["weight"], dtype=torch.float64)[rows],
         scores=torch.tensor([math.nan if v is None else v for v in scores["score"]], dtype=torch.float64),
         trace=trace,
+        per_row=record["trace_columns"],
     )

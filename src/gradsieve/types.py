@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -328,6 +328,10 @@ class Budget:
         return torch.cat([order[:head], order[torch.tensor(later, dtype=torch.long)]])
 
 
+def _numbers(entry: object, count: int) -> bool:
+    return isinstance(entry, list) and len(entry) == count and all(v is None or isinstance(v, int | float) for v in entry)
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """What a selector chose.
@@ -336,8 +340,13 @@ class Selection:
         rows: int64 [k], best first, unique; k never exceeds the budget.
         weights: float64 [k], at least 0; all 1 where the method has none.
         scores: float64 [n], higher is better, NaN where the method gives none.
-        trace: Numbers per step or per setting, for plots (plain lists and floats).
+        trace: Numbers per step, per setting or per row, for plots (plain lists and floats).
         notes: Sentences the user must read: a constraint that did not bind, a shortfall and its cause.
+        per_row: Names of the trace's entries that have a number per row (None where there is none), as plain lists: they
+            become columns of scores.parquet and of the report. A list that is not named here is one per step, however long.
+
+    Raises:
+        InvalidArgument: `per_row` names no such list.
     """
 
     rows: Tensor
@@ -345,6 +354,15 @@ class Selection:
     scores: Tensor
     trace: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    per_row: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        for name in self.per_row:
+            if not _numbers(self.trace.get(name), n):
+                raise InvalidArgument(
+                    f"per_row must name lists of {n} numbers in the trace (one per row), got {name!r}; leave others out"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +412,8 @@ class Selector(Protocol):
     `sketch` (the candidates' sketches), `targets`, `anchors` (their sketches), `hidden`, `hidden/targets` (a representation
     of candidates and of targets), `navigator`. `dot/contrast/anchor:*` and `dot/anchor:*` stand for one column per category
     of the anchor, `meta/FIELD` for a number that each row of the pool has, `meta/FIELD?` for one that rows may lack (NaN).
+
+    Of the numbers in the `trace` of its `Selection`, those that stand per row of the pool are named in `per_row`.
 
     A method whose gradients are taken after a warm-up of the model has a property `warmup` besides, a `Warmup` or None.
     """

@@ -172,6 +172,7 @@ def medical_page() -> Callable[..., Page]:
                         "λ": np.maximum(0, 3 * np.exp(-steps / 15) * np.cos(steps / 5)).tolist(),
                     },
                 },
+                per_row=("utility", "risk"),
                 notes=(
                     "The risk of 46% of the pool is zero: the anchor says nothing about these examples; try --anchor contrast.",
                 ),

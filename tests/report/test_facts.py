@@ -16,8 +16,8 @@ from gradsieve.report.figures import Floats
 from gradsieve.types import Selection
 
 
-def with_trace(page: Page, trace: dict[str, Any]) -> Page:
-    return dataclasses.replace(page, selection=dataclasses.replace(page.selection, trace=trace))
+def with_trace(page: Page, trace: dict[str, Any], per_row: tuple[str, ...] = ()) -> Page:
+    return dataclasses.replace(page, selection=dataclasses.replace(page.selection, trace=trace, per_row=per_row))
 
 
 def chosen_by(scores: list[float], rows: list[int]) -> Selection:
@@ -33,7 +33,8 @@ def test_row_values_are_columns_scores_per_row_traces_and_cosines(small_page: Ca
     }
     page = with_trace(
         small_page(columns=columns),
-        {"utility": [1, 2, 3, 4, 5, None], "steps": [1] * 6, "other": [1, 2], "words": list("abcdef"), "path": [0.0] * 6},
+        {"utility": [1, 2, 3, 4, 5, None], "steps": [1] * 6, "other": [1.0] * 6, "words": list("abcdef"), "path": [0.0] * 6},
+        ("utility",),
     )
     values = facts.row_values(page)
     assert list(values) == ["utility", "conflict", "score", "norm", "dot/anchor", "note", "cos/anchor"]
@@ -176,13 +177,14 @@ def test_a_curve_needs_a_grid_and_a_density_of_one_length(small_page: Callable[.
     assert facts.curve_data(with_trace(page, {"density": [0, 1]})) is None
     density = {"grid": [0, 1], "values": [1, 2], "bandwidth": 0.3}
     trace = {"density": density, "band": [0, 0.5], "gradient_score": [10.0, 11, 12, 13, 14, 15]}
-    found = facts.curve_data(with_trace(page, trace))
+    traced = with_trace(page, trace, ("gradient_score",))
+    found = facts.curve_data(traced)
     assert found is not None
     assert found[2] is not None
     assert found[2].tolist() == [0, 0.5]
     assert found[3].tolist() == [14, 11]
-    assert facts.step_panels(with_trace(page, trace)) == {}
-    assert "gradient_score" in facts.row_values(with_trace(page, trace))
+    assert facts.step_panels(traced) == {}
+    assert "gradient_score" in facts.row_values(traced)
 
 
 def test_a_trade_off_needs_two_points_and_marks_the_lambda_taken(small_page: Callable[..., Page]) -> None:
@@ -207,14 +209,17 @@ def test_steps_are_read_by_panel_and_line_and_other_entries_are_ignored(small_pa
         "training": {"reward": [1, 2], "rounds": 2},
         "dropped": [1, 2, 3],
         "error": [1.0, 0.5, 0.25],
-        "per_row": [0.0] * 6,
+        "of_rows": [0.0] * 6,
         "none": [],
     }
-    panels = facts.step_panels(with_trace(small_page(), trace))
+    panels = facts.step_panels(with_trace(small_page(), trace, ("of_rows",)))
     lines = {panel: list(lines) for panel, lines in panels.items()}
     assert lines == {"cost": ["real", "simulated"], "λ": [""], "training: reward": [""], "error": [""], "none": [""]}
     assert panels["error"][""].tolist() == [1.0, 0.5, 0.25]
     assert facts.step_panels(with_trace(small_page(), {"steps": [1, 2]})) == {}
+    as_many_steps_as_rows = with_trace(small_page(), {"error": [1.0] * 6})
+    assert list(facts.step_panels(as_many_steps_as_rows)) == ["error"]
+    assert "error" not in facts.row_values(as_many_steps_as_rows)
 
 
 def test_single_values_of_the_trace_are_recorded(small_page: Callable[..., Page]) -> None:

@@ -49,18 +49,16 @@ def repeated(page: Page) -> list[tuple[str, list[str]]]:
 def row_values(page: Page) -> dict[str, Floats]:
     """Returns every number there is per row, float64 [n] by name, the telling ones first.
 
-    These are the scores, the columns, the entries of the trace that have one number per row (they win over a column of the
-    same name), and what follows from exact products: `cos/R` and `conflict`. A column without any finite value is left in.
+    These are the scores, the columns, the entries of the trace that the method says have one number per row (they win over a
+    column of the same name), and what follows from exact products: `cos/R` and `conflict`. A column without any finite value
+    is left in.
     """
-    n = len(page.ids)
     values = {name: column.cpu().double().numpy() for name, column in page.columns.items()}
     scores = page.selection.scores.cpu().double().numpy()
     if np.isfinite(scores).any():
         values["score"] = scores
-    for name, entry in page.selection.trace.items():
-        array = None if name in _OWN_FIGURE else _numbers(entry)
-        if array is not None and len(array) == n:
-            values[name] = array
+    for name in page.selection.per_row:
+        values[name] = np.array(page.selection.trace[name], dtype=np.float64)
     if "norm" in values:
         norm = np.where(values["norm"] > 0, values["norm"], np.nan)
         for name in [name for name in values if name.startswith("dot/")]:
@@ -250,8 +248,8 @@ def curve_data(page: Page) -> tuple[Floats, Floats, Floats | None, Floats] | Non
     grid, density = _numbers(curve.get("grid")), _numbers(curve.get("values"))
     if grid is None or density is None or len(grid) != len(density) or len(grid) < 2 or not np.nanmax(density) > 0:
         return None
-    band, at = _numbers(trace.get("band")), _numbers(trace.get("gradient_score"))
-    marks = at[page.order] if at is not None and len(at) == len(page.ids) else np.empty(0)
+    band, at = _numbers(trace.get("band")), row_values(page).get("gradient_score")
+    marks = at[page.order] if at is not None else np.empty(0)
     return grid, density, band if band is not None and len(band) == 2 else None, marks
 
 
@@ -278,12 +276,12 @@ def trade_off(page: Page) -> tuple[Floats, Floats | None, float | None] | None:
 def step_panels(page: Page) -> dict[str, dict[str, Floats]]:
     """Returns the numbers per step by panel and line; a line that is alone in its panel may be called `""`."""
     panels: dict[str, dict[str, Floats]] = {}
-    n = len(page.ids)
     for name, mapping in page.selection.trace.items():
+        if name in page.selection.per_row:
+            continue
         # Lists of whole numbers are rows or counts, not values per step.
         if name not in _OWN_FIGURE and isinstance(mapping, (list, tuple)) and all(isinstance(v, float) for v in mapping):
-            if len(mapping) != n:
-                panels[name] = {"": np.array(mapping)}
+            panels[name] = {"": np.array(mapping)}
             continue
         if not isinstance(mapping, Mapping) or name in _OWN_FIGURE - {"steps"}:
             continue

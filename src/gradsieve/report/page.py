@@ -3,7 +3,7 @@
 The page shows these entries of `Selection.trace` (n rows in the pool) and ignores all others:
 
     utility, risk           [n] agreement with the target and conflict with general knowledge: the axes of the scatter
-    any other list [n]      a number per row: one more axis to choose, one more row in the table of columns
+    any other of `per_row`  [n] a number per row: one more axis to choose, one more row in the table of columns
     path, bound, lambda     tuples (λ, mean risk, mean utility) per λ tried, the largest mean risk allowed, and the λ taken: the
                             trade-off curve
     density, band           mapping with `grid` and `values` [g]: a curve; and [2] the stretch of it that the chosen span
@@ -13,7 +13,7 @@ The page shows these entries of `Selection.trace` (n rows in the pool) and ignor
     bars                    mapping PANEL: mapping BAR: number ≥ 0; the first bar of a panel stands for the choice itself
     steps                   mapping KEY: numbers per step, one small plot each; keys PANEL/LINE share the plot PANEL
     a mapping of lists      the same, in plots called `NAME: KEY`
-    a list of floats        of another length than n: the same; lists of whole numbers are not drawn
+    any other list          of floats: the same; lists of whole numbers are not drawn
     a list or a mapping of mappings that hold single values: a table
     a number, a text, a few texts, a mapping of single values: rows in the list of what the method recorded
 

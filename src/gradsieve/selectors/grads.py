@@ -164,7 +164,8 @@ class GrADS:
             factors_weight = self.score_weight, self.diversity_weight, self.novelty_weight
             trace |= ablation(directions, first, diversity, factors_weight, rows, budget.limit(pool) / n)
         weights = torch.ones(len(chosen), dtype=torch.float64)
-        return Selection(chosen, weights, scores, trace, (*notes, *length_notes, *shortfall))
+        said = (*notes, *length_notes, *shortfall)
+        return Selection(chosen, weights, scores, trace, said, per_row=("gradient_score",))
 
     def _judgement(self, s: Tensor, bandwidth: float, rng: torch.Generator) -> Tensor:
         """Returns the first factor in [0, 1]: float64 [r], rows by id."""

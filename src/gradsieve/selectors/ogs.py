@@ -13,7 +13,7 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.clusters import cluster
 from gradsieve.selectors.directions import Directions
-from gradsieve.selectors.ogs_account import cluster_notes, navigator_notes, policy_notes, trace
+from gradsieve.selectors.ogs_account import PER_ROW, cluster_notes, navigator_notes, policy_notes, trace
 from gradsieve.selectors.ogs_anchor import Normalize, anchor_cosine, anchor_notes, subspace_orth
 from gradsieve.selectors.ogs_draws import arrange, threshold_scores
 from gradsieve.selectors.ogs_policy import PPO, train
@@ -200,7 +200,8 @@ class OGS:
             facts |= account(refined, world.simulator)
             facts["measured"] = {name: {"reward": r, "cost": c} for name, (r, c) in measured.items()}
             said += navigator_notes(self.constraint, world.simulator.epsilon, measured, refined.scales.gain)
-        return Selection(rows, torch.ones(len(rows), dtype=torch.float64), world.scores, facts, (*world.notes, *said, *notes))
+        weights = torch.ones(len(rows), dtype=torch.float64)
+        return Selection(rows, weights, world.scores, facts, (*world.notes, *said, *notes), per_row=PER_ROW)
 
     def navigator_passes(self, episode: float, target: float, held_out: float) -> float:
         """Returns what the Navigator takes with fidelity "navigator", in token passes (`gradsieve.overhead`), at most.

@@ -14,6 +14,9 @@ from gradsieve.selectors.ogs_simulator import Simulator
 Prediction = tuple[float, float]
 """Reward and cost of a subset in the simulator."""
 
+PER_ROW = ("utility", "risk", "draw")
+"""Entries of the trace with a number per row."""
+
 RULES = {"threshold": "at the same bound", "ogs-static": "with its own bound"}
 
 

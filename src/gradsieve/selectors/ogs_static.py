@@ -204,7 +204,7 @@ class OGSStatic:
         trace |= {f"mean_{name}": exact_mean(values[chosen.rows]) for name, values in scores.items()}
         trace |= {f"pool_mean_{name}": exact_mean(values) for name, values in scores.items()}
         trace |= {"references": references, "length_correlation": correlation, **chosen.trace}
-        return Selection(chosen.rows, chosen.weights, chosen.scores, trace, (*notes, *chosen.notes))
+        return Selection(chosen.rows, chosen.weights, chosen.scores, trace, (*notes, *chosen.notes), per_row=tuple(shown))
 
     def _risk_references(self, pool: Gradients) -> list[str]:
         """The references that count one by one; the anchor's mean is not among them."""

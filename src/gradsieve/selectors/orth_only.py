@@ -75,4 +75,4 @@ class OrthOnly:
         correlation, length_notes = length_check({"orth": orth}, pool)
         trace = {"orth": orth.tolist(), "rank": rank, "length_correlation": correlation}
         weights = torch.ones(len(rows), dtype=torch.float64)
-        return Selection(rows, weights, orth, trace, tuple(notes + length_notes + shortfall))
+        return Selection(rows, weights, orth, trace, tuple(notes + length_notes + shortfall), per_row=("orth",))
