@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from gradsieve.compare.cells import Cell
-from gradsieve.compare.config import BASE, RANDOM, Arm, Config
+from gradsieve.compare.config import BASE, Arm, Config
 from gradsieve.compare.material import Material
 from gradsieve.compare.speed import expected_examples
-from gradsieve.compare.stores import job_settings, reads_store, rehearse, selector, store_kind, warmup_of
+from gradsieve.compare.stores import check_gradients, selector, warmup_of
 from gradsieve.compare.training import resolved_recipe
-from gradsieve.compute import ComputeSettings
-from gradsieve.data.dedup import check_dedup
 from gradsieve.errors import GradsieveError, InvalidArgument
-from gradsieve.gradients.parameters import chosen_size
-from gradsieve.gradients.settings import EngineSettings
-from gradsieve.job import Job
-from gradsieve.models import find_model
 from gradsieve.needs import reads_set
 from gradsieve.train import Recipe
 from gradsieve.train.checks import check_precision, check_warmup, require_packages
 from gradsieve.train.plan import make_plan
-from gradsieve.types import Budget
-from gradsieve.views import without_gradients
-from gradsieve.warmup import part_of, recipe_of
+from gradsieve.types import ArrayGradients, Budget
 
 
 def check_comparison(material: Material, cells: Sequence[Cell]) -> None:
@@ -60,6 +54,9 @@ def _without_effect(config: Config) -> Iterator[tuple[str, object, str]]:
         yield "recipe.anchor_batch", config.recipe["anchor_batch"], "where no arm has surgery"
     for arm in (arm for arm in trained if arm.recipe.get("anchor_batch") and not _operates(config, arm)):
         yield f"arms.{arm.name}.recipe.anchor_batch", arm.recipe["anchor_batch"], "of an arm without surgery"
+    if config.gradients.get("replay"):
+        where = "where arms choose from the pool alone (name the files under pool, or set a recipe's replay_share)"
+        yield "gradients.replay", ", ".join(config.gradients["replay"]), where
     if config.gradients.get("warmup_recipe") and not any(warmup_of(selector(arm)) for arm in trained if arm.chooses):
         yield "gradients.warmup_recipe", config.gradients["warmup_recipe"], "where no method trains the model first"
 
@@ -94,7 +91,9 @@ def check_budgets(material: Material) -> None:
     config = material.config
     budgets = {"budgets": config.budgets} | {f"arms.{arm.name}.budgets": arm.budgets for arm in config.arms}
     for seed in config.seeds if config.data_per_seed else config.seeds[:1]:
-        pool = without_gradients(material.trainable(seed).pool, {}, {})
+        tokens = material.trainable(seed).pool
+        lengths = torch.tensor(tokens.lengths, dtype=torch.float64)
+        pool = ArrayGradients(tokens.ids, torch.empty(len(lengths), 0), {"tokens": lengths})
         for key, budget in ((key, budget) for key, own in budgets.items() for budget in own):
             try:
                 Budget.parse(budget).limit(pool)
@@ -115,42 +114,3 @@ def check_training(material: Material, cells: Sequence[Cell]) -> None:
             raise type(error)(f"{config.source}: {cell.name}: {error}") from None
         if recipe.surgery != "none" or recipe.replay_share > 0:
             _require(material, "anchor", f"surgery and replay of {cell.name}")
-
-
-def check_gradients(material: Material) -> None:
-    """Refuses `gradients` that would fail once an arm chooses: the first seed's data stand for all."""
-    config = material.config
-    kinds = {repr(store_kind(arm)): arm for arm in config.arms if reads_store(arm)}
-    try:
-        if "replay" in config.gradients:
-            raise InvalidArgument(
-                "replay must be left out: all arms choose from the pool alone; mix general examples in by a recipe's "
-                "replay_share, or name their files under pool"
-            )
-        job = Job(**job_settings(material))
-        check_dedup(job.dedup, job.dedup_threshold)
-        for arm in (config.arm(RANDOM), *kinds.values()):
-            rehearse(material, arm, config.seeds[0])
-            _check_recipe(material, arm, job)
-        _check_parameters(material, job)
-    except GradsieveError as error:
-        raise type(error)(f"{config.source}: gradients: {error}") from None
-
-
-def _check_recipe(material: Material, arm: Arm, job: Job) -> None:
-    """Refuses a `warmup_recipe` that cannot be followed."""
-    warmup, seed = warmup_of(selector(arm)), material.config.seeds[0]
-    if warmup is not None:
-        count = len(part_of(material.trainable(seed).pool, warmup.share, job.seed).kept)
-        compute = ComputeSettings(EngineSettings(), material.dtype, material.device, job.max_length)
-        recipe = recipe_of(warmup, job.warmup_recipe, count, job.seed, compute)
-        check_warmup(recipe, len(make_plan(recipe, count, 1, 1)))
-
-
-def _check_parameters(material: Material, job: Job) -> None:
-    """Refuses `params` that name none of the model's; LoRA matrices may come with a warm-up."""
-    if job.params != "auto" and "lora" not in job.params:
-        source = (
-            material.source if job.navigator is None else find_model(job.navigator, trust_remote_code=job.trust_remote_code)
-        )
-        chosen_size(source.skeleton(), job.params)

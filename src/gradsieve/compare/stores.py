@@ -28,9 +28,11 @@ from gradsieve.clock import Progress
 from gradsieve.compare.config import SHARED, Arm
 from gradsieve.compare.material import Material
 from gradsieve.compare.records import read_json, write_json
+from gradsieve.errors import GradsieveError
 from gradsieve.job import Job
 from gradsieve.needs import reads_model
 from gradsieve.pipeline import Result, find_method, passes, select
+from gradsieve.rehearsal import rehearse
 from gradsieve.types import Budget, Example, Problem, Selection, Selector
 
 WHOLE, ROWS = "whole.json", "rows.json"
@@ -147,21 +149,27 @@ def _shared_work(material: Material, arm: Arm, seed: int) -> Mapping[str, float]
     return _work(material, _everything(material, arm), seed)
 
 
-def rehearse(material: Material, arm: Arm, seed: int) -> None:
-    """Reads and checks all that taking an arm's gradients begins with, of few of the pool's examples.
+def check_gradients(material: Material) -> None:
+    """Refuses `gradients` with which an arm could not choose: the first seed's target and anchor stand for all.
 
     Raises:
-        GradsieveError: They could not be taken.
+        GradsieveError: What would go wrong; the message has file and key.
     """
-    pool = material.trainable(seed).pool
+    config = material.config
+    pool = material.trainable(config.seeds[0]).pool
     few = [pool.examples[position] for position in pool.kept[:_FEW]]
-    job = Job(**job_settings(material) | {"dedup": "off"})
-    passes(_everything(material, arm), job, _data(material, seed) | {"pool": few})
+    data = _data(material, config.seeds[0]) | {"pool": few}
+    kinds = {repr(_kind(arm)): arm for arm in config.arms if arm.chooses}
+    for arm in kinds.values():
+        try:
+            rehearse(_everything(material, arm), Job(**_job_settings(material)), data)
+        except GradsieveError as error:
+            raise type(error)(f"{config.source}: gradients: {error}") from None
 
 
 def _work(material: Material, method: Selector, seed: int) -> Mapping[str, float]:
     """Returns what a method's gradients of one seed's data are from nothing, in token passes, repeated examples included."""
-    return passes(method, Job(**job_settings(material) | {"dedup": "off"}), _data(material, seed))
+    return passes(method, Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
 
 
 def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:
@@ -185,11 +193,11 @@ def _everything(material: Material, arm: Arm) -> _Everything:
 
 def _shared_needs(material: Material, arm: Arm) -> frozenset[str]:
     """Returns what all arms read whose gradients can be the arm's: at the same weights, with as much of the anchor."""
-    others = [other for other in material.config.arms if reads_store(other) and store_kind(other) == store_kind(arm)]
+    others = [other for other in material.config.arms if reads_store(other) and _kind(other) == _kind(arm)]
     return frozenset(need for other in others for need in selector(other).needs)
 
 
-def store_kind(arm: Arm) -> tuple[Any, bool]:
+def _kind(arm: Arm) -> tuple[Any, bool]:
     """Returns how the model is trained before, and whether half of the anchor is held out, as for a Navigator."""
     method = selector(arm)
     return warmup_of(method), "navigator" in method.needs
@@ -208,13 +216,12 @@ def ask(
 
     No Navigator is warmed up for the latter: it would train for nothing.
     """
-    settings = job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
+    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
     data = _data(material, seed) | ({} if pool is None else {"pool": pool})
     return select(method, **data, budget=budget, store=str(store), progress=progress, **settings)
 
 
-def job_settings(material: Material) -> dict[str, Any]:
-    """Returns the fields of `Job` that say how gradients are taken, and with which model."""
+def _job_settings(material: Material) -> dict[str, Any]:
     config = material.config
     return {**{name: getattr(config, name) for name in ("model", *SHARED)}, **config.gradients}
 
@@ -247,7 +254,7 @@ def navigator_passes(material: Material, arm: Arm, budget: str, seed: int) -> fl
     """Returns the work of the Navigator behind one choice, in token passes; 0 of a method that has none."""
     if "navigator" not in selector(arm).needs:
         return 0.0
-    return passes(selector(arm), Job(**job_settings(material) | {"budget": budget}), _data(material, seed)).get(
+    return passes(selector(arm), Job(**_job_settings(material) | {"budget": budget}), _data(material, seed)).get(
         "navigator", 0.0
     )
 
