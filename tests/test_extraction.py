@@ -22,7 +22,7 @@ from gradsieve.gradients.engine import GradientEngine
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.models import find_model
-from gradsieve.references import UnitMean, contrast, linked, measure_references
+from gradsieve.references import Contrast, UnitMean, contrast, linked, measure_references
 from gradsieve.terminal import print_result
 
 Write = Callable[..., Path]
@@ -108,11 +108,30 @@ def test_pairs_that_exchanged_their_answers_are_not_torn_apart(data: dict[str, s
         assert sorted(answers[0][i] for i in unit) == sorted(answers[1][i] for i in unit)  # nothing of another unit
     numbers, _ = contrast(corrupt(examples, "numbers"), "anchor", source, compute, None)
     assert sorted(linked(numbers)) == [[i] for i in range(6)]
+    five = [side.restricted("anchor", range(5)) for side in (exchanged.right, exchanged.wrong)]
+    units, model = linked(Contrast(*five)), source.load(torch.float32, "cpu")
+    found, sides = measure_references(model, compute, {"contrast/anchor": Contrast(*five)}), []
+    with GradientEngine(model, compute.engine) as engine:
+        for side in five:
+            blocks = [engine.block(batch).sketch for one in side.tokens for batch, _ in token_batches([one], 200, "cpu")]
+            sides.append(torch.cat(blocks).double())
+    pairs, (first, second) = sides[0] - sides[1], found.halves["contrast/anchor"][0].double()
+    whole, groups, sizes = (
+        pairs.mean(0),
+        torch.stack([pairs[unit].mean(0) for unit in units]),
+        torch.tensor(list(map(len, units))),
+    )
+    assert len(set(sizes.tolist())) > 1
+    more = (len(units) + 1) // 2  # in the first half
+    assert torch.allclose((more * first + (len(units) - more) * second) / len(units), whole, atol=1e-4 * float(whole.norm()))
+    noise = float((sizes * (groups - whole).square().sum(1)).sum()) / (len(units) - 1) / len(pairs)
+    fact = found.facts["contrast/anchor"]
+    assert (1 - fact.signal_share) * fact.norm**2 == pytest.approx(noise, rel=0.1)  # the sketch tells 5 %
     negated, _ = contrast(corrupt(one_of_two, "negate"), "anchor", source, compute, None)
     assert sorted(linked(negated)) == [[i] for i in range(6)]  # equal answers that nobody exchanged are no link
     alike, _ = contrast(corrupt(one_of_two, "exchange"), "anchor", source, compute, None)
     said: list[str] = []
-    found = measure_references(source.load(torch.float32, "cpu"), compute, {"contrast/anchor": alike}, say=said.append)
+    found = measure_references(model, compute, {"contrast/anchor": alike}, say=said.append)
     assert "all 6 pairs of the contrast of anchor share answers" in said[0]
     assert not found.halves
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradsieve.errors import ModelError
 from gradsieve.gradients.adam import SAFE
@@ -31,6 +32,18 @@ def test_another_configuration_is_another_model(tiny_model: Path, tmp_path: Path
     config = folder / "config.json"
     config.write_text(config.read_text().replace("rope_theta", "rope_theta_of_old"))
     assert find_model(str(folder)).weights != before
+
+
+def test_the_last_token_and_the_last_place_are_there(tiny_model: Path, tmp_path: Path) -> None:
+    turning = find_model(str(tiny_model))
+    count = turning.skeleton().get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    turning.require_places(count - 1, 10**6)  # rotary positions have no end
+    with pytest.raises(ModelError, match=f"got token {count} of its tokenizer and {count} embeddings"):
+        turning.require_places(count, 1)
+    learned = find_model(GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)), turning.tokenizer)
+    learned.require_places(0, 16)
+    with pytest.raises(ModelError, match="got 17 in an example and 16 places; lower --max-length to 16"):
+        learned.require_places(0, 17)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"base_model_name_or_path": null}'])

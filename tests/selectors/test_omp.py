@@ -203,6 +203,16 @@ def test_a_place_that_an_exchange_leaves_free_is_filled():
     assert left > 10  # rows did leave
 
 
+def test_there_are_no_more_exchanges_than_rows(monkeypatch):
+    monkeypatch.setattr("gradsieve.selectors.omp.EXCHANGED", 1e-9)
+    exchanged = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        G = rng.normal(size=(200, 30))
+        exchanged.append(solve(G, rng.normal(size=30), 3, 0.0, exchange=True).exchanged)
+    assert max(exchanged) == 3
+
+
 def test_an_exchange_takes_the_first_of_equal_rows():
     exchanged = 0
     for seed in range(60):
