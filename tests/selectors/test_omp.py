@@ -203,6 +203,13 @@ def test_a_place_that_an_exchange_leaves_free_is_filled():
     assert left > 10  # rows did leave
 
 
+def test_where_the_best_exchange_breaks_a_sign_another_is_tried(monkeypatch):
+    G, b, k = instance(115)  # of 150 instances the only one
+    tried = solve(G, b, k, 0.0, exchange=True).objective
+    monkeypatch.setattr("gradsieve.selectors.omp.EXCHANGE_TRIES", 1)
+    assert tried < 0.9 * solve(G, b, k, 0.0, exchange=True).objective
+
+
 def test_there_are_no_more_exchanges_than_rows(monkeypatch):
     monkeypatch.setattr("gradsieve.selectors.omp.EXCHANGED", 1e-9)
     exchanged = []

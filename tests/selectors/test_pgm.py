@@ -147,6 +147,12 @@ def test_the_whole_pool_can_be_taken(n, parts):
     assert not selection.notes
 
 
+def test_what_whole_mini_batches_leave_pays_for_the_short_one():
+    near = 1 + 0.01 * torch.randn(11, 200, generator=torch.Generator().manual_seed(0))  # mini-batches of 4, 4 and 3
+    problem = Problem(ArrayGradients([f"{i:03}" for i in range(11)], near), ArrayGradients(["t"], torch.ones(1, 200)))
+    assert len(run(PGM(1, 4, lam=5.0, tolerance=0.0), problem, 7).rows) == 7
+
+
 def test_a_score_that_is_length_is_noted(make_problem):
     problem = make_problem(60)
     pool = problem.candidates
