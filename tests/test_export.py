@@ -210,6 +210,23 @@ def test_other_folders_are_no_selections(tmp_path: Path, capsys: pytest.CaptureF
     assert "must be the folder of a selection" in capsys.readouterr().err
 
 
+def test_a_run_of_an_earlier_version_is_told_to_be_made_again(run: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(run, tmp_path / "old"))
+    record = json.loads((old / "run.json").read_text())
+    record["selection"].pop("content")
+    (old / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="got one of an earlier gradsieve; select again"):
+        export(Export(old, "parquet"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_what_is_no_folder_is_not_written_to(name: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InvalidArgument, match="out must be a folder one can write to, got"):
+        export(Export(run, "parquet", tmp_path / name))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_scores_of_another_selection_are_refused(run: Path) -> None:
     lines = (run / "selected.jsonl").read_text().splitlines()
     (run / "selected.jsonl").write_text("\n".join(lines[:-1]) + "\n")

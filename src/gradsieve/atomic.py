@@ -7,11 +7,12 @@ import errno
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from gradsieve.errors import DataError
+from gradsieve.errors import DataError, InvalidArgument
 
 _CURES = {
     errno.ENOSPC: "free space or write to another disk",
@@ -57,6 +58,20 @@ def write_new(path: Path, content: bytes) -> bool:
         own.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return True
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder where there is none.
+
+    Raises:
+        InvalidArgument: It cannot be made, or nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidArgument(f"out must be a folder one can write to, got {folder}: {error.strerror}; name another") from None
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from gradsieve.atomic import replacing, write_atomically
+from gradsieve.atomic import replacing, require_writable, write_atomically
 from gradsieve.data import Format, Tokens, tokenize
 from gradsieve.data.files import Row, read_rows
 from gradsieve.data.shapes import detect_shape, read_turns
@@ -70,13 +70,13 @@ def export(command: Export) -> tuple[Path, list[str]]:
 
     Raises:
         DataError: The run's files cannot be read, or do not belong together.
-        InvalidArgument: The folder to write to is not empty.
+        InvalidArgument: The folder to write to is not empty, or cannot be written to.
     """
     chosen = read_chosen(command.run)
     out = command.out or command.run / f"export-{command.format}"
-    if out.exists() and any(out.iterdir()):
+    require_writable(out)
+    if any(out.iterdir()):
         raise InvalidArgument(f"out must be a new or empty folder, got {out} with files in it; name another with --out")
-    out.mkdir(parents=True, exist_ok=True)
     notes = _WRITERS[command.format](chosen, out)
     weighted = len(set(chosen.weights)) > 1
     if weighted and command.format not in ("parquet", "hf"):
@@ -100,9 +100,11 @@ def read_chosen(run: Path) -> Chosen:
         record = json.loads((run / "run.json").read_bytes())
         scores = pq.read_table(run / "scores.parquet", columns=["id", "rank", "weight", "score"]).to_pylist()
         selection, format = record["selection"], record["job"]["format"]
-        wanted = selection["digest"], selection["content"]
+        wanted = selection["digest"], selection.get("content")
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{run}: must be the folder of a selection, got {_line(error)}; name the --out of `select`") from None
+    if wanted[1] is None:
+        raise DataError(f"{run}: run.json must have the hash of selected.jsonl, got one of an earlier gradsieve; select again")
     ranked = sorted((row for row in scores if row["rank"] is not None), key=lambda row: row["rank"])
     ids, weights = [row["id"] for row in ranked], [row["weight"] for row in ranked]
     rows = list(read_rows(run / "selected.jsonl", []))

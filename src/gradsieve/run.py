@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gradsieve.atomic import require_writable
 from gradsieve.batch_size import best_size, try_sizes
 from gradsieve.batch_size import describe as describe_sizes
 from gradsieve.check import Compared
@@ -116,7 +116,7 @@ class Run:
             if budget.examples is not None and budget.examples > len(examples["pool"]):
                 raise InvalidArgument(f"budget must lie in [1, {len(examples['pool'])}] (the pool), got {budget}; lower it")
             if self.out is not None:
-                _require_writable(self.out)
+                require_writable(self.out)
             if self.warmup is not None:
                 require_training(self.name, self.warmup)
         with self.clock.stage("tokens"):
@@ -468,12 +468,3 @@ class Run:
         if missing and tokens.name != "pool":  # the pool's are in excluded.jsonl
             self.notes.append(f"{missing} of the {tokens.name}'s gradients are not finite and were left out")
         return view
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InvalidArgument(f"out must be a folder one can write to, got {out}: {error.strerror}; name another") from None

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from gradsieve import __version__
-from gradsieve.atomic import write_atomically
+from gradsieve.atomic import require_writable, write_atomically
 from gradsieve.clock import Progress, silent
 from gradsieve.compare.cells import Cell, only_cells, plan_cells
 from gradsieve.compare.checks import check_comparison
@@ -194,10 +194,7 @@ class Comparison:
     # -- the folder ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        try:
-            self.study.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidArgument(f"out must be a folder one can write to, got {self.study}: {error.strerror}") from None
+        require_writable(self.study)
         record = {
             "gradsieve": __version__,
             "date": now(),
