@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Iterator
@@ -70,10 +71,10 @@ class Team:
                 yield
         except BaseException:
             if not self._together:  # in a training the others wait for its next step: they end when this process does
-                self._tell(None)
+                self._part()
             raise
         else:
-            self._tell(None)
+            self._part()
         finally:
             os.environ.update(self._launched)
 
@@ -105,6 +106,7 @@ class Team:
             with _one_line():
                 dist.broadcast_object_list(box, src=0, group=self._group)
             if box[0] is None:
+                atexit.register(_close)
                 return
             yield box[0]
 
@@ -112,9 +114,20 @@ class Team:
         with _one_line():
             dist.broadcast_object_list([needed], src=0, group=self._group)
 
+    def _part(self) -> None:
+        """Tells the others that all is done."""
+        self._tell(None)
+        atexit.register(_close)
+
     def _leave(self) -> None:
         for name in self._launched:
             os.environ.pop(name, None)
+
+
+def _close() -> None:
+    """Ends torch's threads before the interpreter, which they would abort; for a process that nobody waits for any more."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
