@@ -209,13 +209,23 @@ def test_steps_are_read_by_panel_and_line_and_other_entries_are_ignored(small_pa
         "training": {"reward": [1, 2], "rounds": 2},
         "dropped": [1, 2, 3],
         "error": [1.0, 0.5, 0.25],
+        "broken": [1.0, None, 0.5],
+        "unknown": [None, None],
         "of_rows": [0.0] * 6,
         "none": [],
     }
     panels = facts.step_panels(with_trace(small_page(), trace, ("of_rows",)))
     lines = {panel: list(lines) for panel, lines in panels.items()}
-    assert lines == {"cost": ["real", "simulated"], "λ": [""], "training: reward": [""], "error": [""], "none": [""]}
+    assert lines == {
+        "cost": ["real", "simulated"],
+        "λ": [""],
+        "training: reward": [""],
+        "error": [""],
+        "broken": [""],
+        "none": [""],
+    }
     assert panels["error"][""].tolist() == [1.0, 0.5, 0.25]
+    assert np.isnan(panels["broken"][""]).tolist() == [False, True, False]
     assert facts.step_panels(with_trace(small_page(), {"steps": [1, 2]})) == {}
     as_many_steps_as_rows = with_trace(small_page(), {"error": [1.0] * 6})
     assert list(facts.step_panels(as_many_steps_as_rows)) == ["error"]

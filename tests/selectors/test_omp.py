@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from gradsieve.selectors.dense import squared_norms
-from gradsieve.selectors.omp import _Pursuit, _Support, match_gradient
+from gradsieve.selectors.omp import _Pursuit, match_gradient
+from gradsieve.selectors.refit import Support
 
 
 def nnls_omp_naive(G, b, k, ridge):
@@ -179,7 +180,7 @@ def test_the_gain_of_an_exchange_is_that_of_solving_without_the_one_and_with_the
         w = np.linalg.solve(rows @ rows.T + ridge * np.eye(len(rows)), rows @ b)
         return w, np.square(b - rows.T @ w).sum() + ridge * np.square(w).sum()
 
-    support = _Support(12, ridge, 9)
+    support = Support(12, ridge, 9)
     for i, row in enumerate(torch.tensor(A)):
         support.append(i, row, torch.tensor(b))
     w, value = least(A)
@@ -232,7 +233,7 @@ def test_an_exchange_takes_the_first_of_equal_rows():
 
 
 def test_the_arrays_grow_by_half_and_never_beyond_the_limit():
-    support = _Support(200, 1.0, 70)
+    support = Support(200, 1.0, 70)
     rows, b = torch.randn(70, 200, generator=torch.Generator().manual_seed(0)).double(), torch.ones(200).double()
     for i, row in enumerate(rows):
         support.append(i, row, b)

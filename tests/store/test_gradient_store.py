@@ -164,6 +164,16 @@ def test_two_plans_made_at_once_do_not_replace_each_other(tmp_path: Path) -> Non
     assert [key for unit in other.plan(keys(4, "b"), in_threes) for key in unit.keys] == keys(4, "b")
 
 
+def test_a_plan_that_is_gone_is_planned_anew(tmp_path: Path) -> None:
+    store = GradientStore(tmp_path / "s", manifest())
+    fill(store, keys(3, "a"))
+    fill(store, keys(3, "b"))
+    (store.directory / "plans" / "00000000.safetensors").unlink()
+    assert fill(store, keys(3, "a")) == [1]
+    assert fill(store, keys(3, "b")) == [0]  # in the place of the other's shard, which is none of it
+    assert store.verify() == []
+
+
 def test_a_file_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="must be a store or an empty folder, got a file"):

@@ -7,6 +7,7 @@ stores        gradients, taken once for all arms
 subsets       what each arm chooses, from them
 training      one cell's work: train, measure, let it answer
 records       the folder: what is kept of a cell, results.jsonl
+checks        what is refused before a model is loaded
 run           cell by cell
 team          the processes of a launcher: all train, the first does everything else
 speed         what a cell takes, from what others took

@@ -279,9 +279,8 @@ def step_panels(page: Page) -> dict[str, dict[str, Floats]]:
     for name, mapping in page.selection.trace.items():
         if name in page.selection.per_row:
             continue
-        # Lists of whole numbers are rows or counts, not values per step.
-        if name not in _OWN_FIGURE and isinstance(mapping, (list, tuple)) and all(isinstance(v, float) for v in mapping):
-            panels[name] = {"": np.array(mapping)}
+        if name not in _OWN_FIGURE and _is_per_step(mapping):
+            panels[name] = {"": np.array(mapping, dtype=np.float64)}
             continue
         if not isinstance(mapping, Mapping) or name in _OWN_FIGURE - {"steps"}:
             continue
@@ -291,6 +290,15 @@ def step_panels(page: Page) -> dict[str, dict[str, Floats]]:
                 panel, _, line = str(key).partition("/")
                 panels.setdefault(panel if name == "steps" else f"{name}: {panel}", {})[line] = array
     return panels
+
+
+def _is_per_step(entry: object) -> bool:
+    """Says whether an entry holds values per step, None where a step has none: whole numbers are rows or counts."""
+    return (
+        isinstance(entry, (list, tuple))
+        and all(v is None or isinstance(v, float) for v in entry)
+        and (not entry or any(v is not None for v in entry))
+    )
 
 
 def _is_single(value: object) -> bool:

@@ -12,7 +12,7 @@ and the table that `gradsieve methods` prints:
 
 What methods share lives beside them: `reading` (what must be there before anything is computed), `ranking` (orders, ties,
 strata, the end of the budget), `directions` (unit sketches with exact products), `dense` (sketches as one matrix), `density`
-(of one number per example), `graph` (nearest neighbours), `omp` (matching pursuit).
+(of one number per example), `graph` (nearest neighbours), `omp` (matching pursuit; `refit`: its weights).
 """
 
 from __future__ import annotations

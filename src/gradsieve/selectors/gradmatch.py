@@ -37,8 +37,8 @@ class GradMatch:
     matches better is kept.
 
     Gradients are those of the first checkpoint, as sketches. Memory is 4nd bytes for them if that is at most 1 GB (0.4 GB for
-    100,000 x 1024), else they are read anew for every few dozen steps; 400n for products, 16s² + 8sd for
-    the refit, s at most 1.5k, and half as much again while that grows.
+    100,000 x 1024), else they are read anew for every few dozen steps; 400n for products, 16s² + 8sd
+    for the refit, s at most 1.5k, and half as much again while that grows.
 
     Attributes:
         match: Whose mean gradient is matched: "target", the examples of the ability you want, or "pool", all candidates

@@ -109,7 +109,7 @@ class GradientStore:
         """
         first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
         while True:
-            number, units = len(self._plans()), self.units()
+            plans, units = self._plans(), self.units()
             known = {key for unit in units for key in unit.keys}
             new = sorted(i for key, i in first_of.items() if key not in known)
             if not new:
@@ -117,6 +117,7 @@ class GradientStore:
             parts = cut(new)
             ends = torch.tensor([len(part) for part in parts]).cumsum(0)
             plan = {"keys": key_tensor([keys[i] for part in parts for i in part]), "ends": ends}
+            number = int(plans[-1].stem) + 1 if plans else 0
             # where another process was first with this number, what it planned is known in the next round
             write_new(self.directory / "plans" / f"{number:08d}.safetensors", sealed(plan, self.manifest.fingerprint))
 
