@@ -1,6 +1,6 @@
 """Trains a model with TRL's own SFTTrainer on a selection, on exactly the tokens its gradients were taken of.
 
-    python examples/train_trl.py out/selected.jsonl --model path/or/hub-id --out trained/
+    python examples/train_trl.py out/ --model path/or/hub-id --out trained/   # out/ is the folder of `gradsieve select`
 
 TRL would apply the chat template itself and put the loss elsewhere: on all tokens of `messages`, or on what the template
 writes after the last answer. A dataset that already has `input_ids` and `labels` passes through it unchanged.
@@ -18,13 +18,18 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from gradsieve.data import read_examples, tokenize
+from gradsieve.data import tokenize
+from gradsieve.data.template import read_template
+from gradsieve.export import read_chosen
 
 
-def make_trainer(selected: Path, model: str, out: Path, *, max_length: int, keep_order: bool, cpu: bool) -> Any:
+def make_trainer(run: Path, model: str, out: Path, *, keep_order: bool, cpu: bool) -> Any:
     """Returns TRL's trainer with OGS's recipe: LoRA 16 on all linear layers, batch 64, 3 epochs."""
+    chosen = read_chosen(run)  # its examples, whatever the shapes of the pool's files, and how their gradients were taken
+    template = read_template(chosen.record["job"]["chat_template"])
+    max_length = chosen.record["job"]["max_length"]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    done = tokenize(read_examples(selected).examples, tokenizer, max_length=max_length)  # the length of `gradsieve select`
+    done = tokenize(chosen.examples, tokenizer, max_length=max_length, chat_template=template)
     for excluded in done.excluded:
         print(f"left out {excluded.id}: {excluded.reason}")
     data = Dataset.from_dict(
@@ -55,21 +60,13 @@ def make_trainer(selected: Path, model: str, out: Path, *, max_length: int, keep
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and saves the adapters and the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("selected", type=Path)
+    parser.add_argument("run", type=Path, help="the --out of `gradsieve select`")
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--keep-order", action="store_true", help="train in the order of the selection")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
-    trainer = make_trainer(
-        options.selected,
-        options.model,
-        options.out,
-        max_length=options.max_length,
-        keep_order=options.keep_order,
-        cpu=options.cpu,
-    )
+    trainer = make_trainer(options.run, options.model, options.out, keep_order=options.keep_order, cpu=options.cpu)
     trainer.train()
     trainer.save_model(str(options.out))
 

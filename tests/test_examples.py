@@ -1,12 +1,15 @@
 """The scripts in examples/ and the function in docs/training.md run as they are, on a tiny model."""
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gradsieve import select
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,21 +24,29 @@ def load(name: str) -> Any:
 
 
 @pytest.fixture
-def selected(tmp_path: Path, write_data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def chosen_run(tmp_path: Path, tiny_model: Path, write_data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a selection out of two files that have a shape each."""
     monkeypatch.setenv("CI", "1")  # TRL's own trainer reports its use unless this is set
-    (tmp_path / "out").mkdir()
-    return write_data("chosen", 7).rename(tmp_path / "out" / "selected.jsonl")
+    talks = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(3)]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    pool = [str(write_data("pool", 5)), str(file)]
+    select("random", model=str(tiny_model), pool=pool, budget="7", max_length=90).save(tmp_path / "out")
+    return tmp_path / "out"
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name
-def test_trl_trains_on_the_tokens_and_labels_of_the_gradients(selected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_trl_trains_on_the_tokens_and_labels_of_the_gradients(chosen_run: Path, tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from gradsieve.data import read_examples, tokenize
+    from gradsieve.data import tokenize
+    from gradsieve.export import read_chosen
 
     example = load("train_trl")
-    trainer = example.make_trainer(selected, str(tiny_model), tmp_path / "x", max_length=90, keep_order=True, cpu=True)
-    tokens = tokenize(read_examples(selected).examples, AutoTokenizer.from_pretrained(tiny_model), max_length=90).tokens
+    trainer = example.make_trainer(chosen_run, str(tiny_model), tmp_path / "x", keep_order=True, cpu=True)
+    chosen = read_chosen(chosen_run).examples
+    assert {len(json.loads(one.raw)) for one in chosen} == {1, 3}
+    tokens = tokenize(chosen, AutoTokenizer.from_pretrained(tiny_model), max_length=90).tokens
     assert any(t.truncated for t in tokens)
     seen = [
         (ids[mask.bool()].tolist(), labels[mask.bool()].tolist())
@@ -46,18 +57,18 @@ def test_trl_trains_on_the_tokens_and_labels_of_the_gradients(selected: Path, ti
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_the_trl_script_leaves_adapters_that_load(selected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_trl_script_leaves_adapters_that_load(chosen_run: Path, tiny_model: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "trained"
-    load("train_trl").main([str(selected), "--model", str(tiny_model), "--out", str(out), "--cpu"])
+    load("train_trl").main([str(chosen_run), "--model", str(tiny_model), "--out", str(out), "--cpu"])
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
     assert any(p.abs().sum() > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
 
 
 def test_the_function_in_the_training_guide_runs(
-    selected: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen_run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
