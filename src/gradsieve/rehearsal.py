@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from gradsieve.clock import silent
@@ -10,17 +11,19 @@ from gradsieve.gradients.parameters import chosen_size
 from gradsieve.job import Data, Job
 from gradsieve.pipeline import find_method
 from gradsieve.run import Run
+from gradsieve.train.checks import check_warmup
 from gradsieve.types import Selector
-from gradsieve.warmup import recipe_of
+from gradsieve.warmup import part_size, recipe_of
 
 
-def rehearse(method: Selector, job: Job, data: Mapping[str, Data]) -> None:
+def rehearse(method: Selector, job: Job, data: Mapping[str, Data], usable: int) -> None:
     """Reads and checks all that taking gradients begins with; duplicates are not looked for.
 
     Args:
         method: Whose needs count.
         job: How gradients are taken, with which model.
         data: `pool`, of which few examples will do, and where there are any `target` and `anchor`.
+        usable: How many examples of the whole pool can be used.
 
     Raises:
         GradsieveError: The gradients could not be taken.
@@ -30,6 +33,8 @@ def rehearse(method: Selector, job: Job, data: Mapping[str, Data]) -> None:
     run = Run.of(job, name, selector, None, silent)
     run.work(data, job.model, None)
     if run.warmup is not None:
-        recipe_of(run.warmup, job.warmup_recipe, len(run.sets["pool"].kept), job.seed, run.compute)
+        trained = part_size(run.warmup.share, usable)
+        recipe = recipe_of(run.warmup, job.warmup_recipe, trained, job.seed, run.compute)
+        check_warmup(recipe, run.warmup.epochs * math.ceil(trained / recipe.batch))
     if job.params != "auto" and "lora" not in job.params:  # LoRA matrices may come with a warm-up
         chosen_size(run.source.skeleton(), job.params)

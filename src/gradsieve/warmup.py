@@ -159,9 +159,13 @@ def part_of(pool: TokenSet, share: float, seed: int) -> TokenSet:
     """Returns a random share of the pool, rounded up, in the order of the ids: the same for any order of the pool."""
     ids = pool.ids
     by_id = sorted(range(len(ids)), key=ids.__getitem__)
-    count = math.ceil(share * len(by_id) - 1e-9)
-    drawn = torch.randperm(len(by_id), generator=torch.Generator().manual_seed(seed))[:count]
+    drawn = torch.randperm(len(by_id), generator=torch.Generator().manual_seed(seed))[: part_size(share, len(by_id))]
     return pool.restricted(pool.name, [by_id[place] for place in drawn.sort().values.tolist()])
+
+
+def part_size(share: float, count: int) -> int:
+    """Returns how many examples a share of `count` is, rounded up."""
+    return math.ceil(share * count - 1e-9)
 
 
 def training_passes(warmup: Warmup, tokens: int) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gradsieve.compare import subsets
+from gradsieve.compare import stores, subsets
 from gradsieve.compare.config import Config
+from gradsieve.compare.estimate import forecast
 from gradsieve.compare.run import Comparison
 from gradsieve.errors import InvalidArgument
 
@@ -41,9 +42,24 @@ def test_cells_that_are_not_run_now_are_of_the_same_settings(
     untouched(monkeypatch)
     before = (tmp_path / "study" / "comparison.json").read_bytes()
     other = dataclasses.replace(config, recipe=config.recipe | {"learning_rate": 5e-2})
-    with pytest.raises(InvalidArgument, match=r"full--0--.*training\.recipe\.learning_rate None there, 0\.05 here; name anoth"):
+    message = r"full--0--.*training\.recipe\.learning_rate None there, 0\.05 here; name another --out"
+    with pytest.raises(InvalidArgument, match=message):
         Comparison.of(other).run(only=["less"])
+    with pytest.raises(InvalidArgument, match=message):
+        forecast(Comparison.of(other), ["less"])
     assert (tmp_path / "study" / "comparison.json").read_bytes() == before
+
+
+def test_gradients_are_rehearsed_for_arms_alone_that_are_not_finished(
+    finished: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = without_cells_of(finished, "less", tmp_path)
+    rehearsed = []
+    monkeypatch.setattr(stores, "rehearse", lambda method, *_: rehearsed.append(method.warmup is not None))
+    Comparison.of(finished.config)
+    assert rehearsed == []
+    Comparison.of(config)
+    assert rehearsed == [True]  # random is finished, less is not
 
 
 def test_cells_that_are_not_run_now_are_not_chosen_for(

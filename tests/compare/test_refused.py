@@ -108,6 +108,29 @@ def test_what_would_fail_in_a_choice_is_refused_before_a_model_is_loaded(
         Comparison.of(parse_config(content | {"arms": {"less": None}} | changes, "x.yaml"))
 
 
+def test_budgets_are_paid_by_the_pool_without_its_copies(content: dict[str, Any]) -> None:
+    pool = Path(content["pool"])
+    lines = pool.read_text().splitlines(keepends=True)
+    pool.write_text("".join([*lines, *(line.replace('"pool-', '"copy-') for line in lines[:6])]))
+    content["budgets"] = ["30"]
+    content["arms"] = {"random": None}
+    Comparison.of(parse_config(content, "x.yaml"))
+    content["gradients"]["dedup"] = "exact"
+    with pytest.raises(InvalidArgument, match=r"x\.yaml: budgets, in seed 0: budget must lie in \[1, 24\] .*, got 30; lower it"):
+        Comparison.of(parse_config(content, "x.yaml"))
+
+
+def test_a_warm_up_recipe_leaves_a_step_at_the_full_rate(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    content["arms"] = {"less": {"settings": {"warmup_share": 0.5, "warmup_epochs": 4}}}  # 12 examples, 4 times
+    content["gradients"]["warmup_recipe"] = str(recipe)
+    recipe.write_text("batch: 8\nwarmup: 0.8\n")  # 8 steps, 7 of them before the full rate
+    Comparison.of(parse_config(content, "x.yaml"))
+    recipe.write_text("batch: 16\nwarmup: 0.8\n")
+    with pytest.raises(InvalidArgument, match=r"x\.yaml: gradients: warmup must leave a step at the full rate, got 0\.8 of 4 "):
+        Comparison.of(parse_config(content, "x.yaml"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

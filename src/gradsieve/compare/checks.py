@@ -10,9 +10,11 @@ from gradsieve.compare.cells import Cell
 from gradsieve.compare.config import BASE, Arm, Config
 from gradsieve.compare.material import Material
 from gradsieve.compare.speed import expected_examples
-from gradsieve.compare.stores import check_gradients, selector, warmup_of
+from gradsieve.compare.stores import check_gradients, job_settings, selector, warmup_of
 from gradsieve.compare.training import resolved_recipe
+from gradsieve.data.dedup import find_duplicates
 from gradsieve.errors import GradsieveError, InvalidArgument
+from gradsieve.job import Job
 from gradsieve.needs import reads_set
 from gradsieve.train import Recipe
 from gradsieve.train.checks import check_precision, check_warmup, require_packages
@@ -20,17 +22,22 @@ from gradsieve.train.plan import make_plan
 from gradsieve.types import ArrayGradients, Budget
 
 
-def check_comparison(material: Material, cells: Sequence[Cell]) -> None:
+def check_comparison(material: Material, cells: Sequence[Cell], left: Sequence[Cell]) -> None:
     """Refuses a comparison that could not be finished as its file says.
+
+    Args:
+        material: What it works on.
+        cells: All of them.
+        left: Those that are not finished.
 
     Raises:
         GradsieveError: Whatever the user can mend; the message has file and key.
     """
     check_effects(material.config)
     check_arms(material)
+    check_gradients(material, {cell.arm for cell in left})
     check_budgets(material)
     check_training(material, cells)
-    check_gradients(material)
 
 
 def check_effects(config: Config) -> None:
@@ -87,13 +94,17 @@ def _require(material: Material, role: str, reader: str) -> None:
 
 
 def check_budgets(material: Material) -> None:
-    """Refuses budgets that a seed's pool cannot pay for, or that buy nothing."""
+    """Refuses budgets that a seed's pool, without what repeats in it, cannot pay for, or that buy nothing."""
     config = material.config
     budgets = {"budgets": config.budgets} | {f"arms.{arm.name}.budgets": arm.budgets for arm in config.arms}
+    job = Job(**job_settings(material))
     for seed in config.seeds if config.data_per_seed else config.seeds[:1]:
         tokens = material.trainable(seed).pool
-        lengths = torch.tensor(tokens.lengths, dtype=torch.float64)
-        pool = ArrayGradients(tokens.ids, torch.empty(len(lengths), 0), {"tokens": lengths})
+        usable = [tokens.examples[position] for position in tokens.kept]
+        repeated = {duplicate.position for duplicate in find_duplicates(usable, job.dedup, job.dedup_threshold)}
+        lengths = torch.tensor([n for i, n in enumerate(tokens.lengths) if i not in repeated], dtype=torch.float64)
+        ids = [id for i, id in enumerate(tokens.ids) if i not in repeated]
+        pool = ArrayGradients(ids, torch.empty(len(lengths), 0), {"tokens": lengths})
         for key, budget in ((key, budget) for key, own in budgets.items() for budget in own):
             try:
                 Budget.parse(budget).limit(pool)

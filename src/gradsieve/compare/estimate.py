@@ -55,8 +55,12 @@ def forecast(comparison: Comparison, only: Sequence[str] = ()) -> Forecast:
     Args:
         comparison: Made ready.
         only: What is asked for beside the untouched model, each ARM or ARM@BUDGET; all by default.
+
+    Raises:
+        InvalidArgument: `only` names something else, or the folder holds a cell that was made with other settings.
     """
     started, wanted = time.perf_counter(), only_cells(comparison.config, only)
+    comparison.check_finished(wanted)
     done = {one.cell: one.record for one in comparison.finished()}
     known = Speed.of_finished(list(done.values()))
     speed = known if known.train > 0 else _measured(comparison)

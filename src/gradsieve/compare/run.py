@@ -88,10 +88,10 @@ class Comparison:
         Raises:
             GradsieveError: Whatever the user can mend.
         """
-        material = Material.read(config, drop_leaks=drop_leaks)
+        material, study = Material.read(config, drop_leaks=drop_leaks), Path(config.out)
         cells = plan_cells(config)
-        check_comparison(material, cells)
-        return cls(config, Path(config.out), material, cells)
+        check_comparison(material, cells, [cell for cell in cells if read_finished(study, cell) is None])
+        return cls(config, study, material, cells)
 
     def run(
         self, *, progress: Progress = silent, told: Told = untold, minutes: float | None = None, only: Sequence[str] = ()
@@ -125,7 +125,7 @@ class Comparison:
 
     def _lead(self, team: Team, cells: Sequence[Cell], progress: Progress, told: Told, minutes: float | None) -> list[Finished]:
         started = time.monotonic()
-        self._check_finished(cells)
+        self.check_finished(cells)
         self._open()
         model: Any = None
         base: KeptBase | None = None
@@ -218,11 +218,14 @@ class Comparison:
         self._check_same(found, self.chosen(cell))
         return True
 
-    def _check_finished(self, cells: Sequence[Cell]) -> None:
+    def check_finished(self, cells: Sequence[Cell]) -> None:
         """Refuses finished cells that were made with other things, those too that are not run now: the report holds all.
 
         Nothing is chosen for that. Where no choice of today's settings is kept, what decides it must be as it was, or the cell
         is one of `cells`, which is chosen for in its turn.
+
+        Raises:
+            InvalidArgument: There is such a cell.
         """
         for one in self.finished():
             cell, chosen = one.cell, None

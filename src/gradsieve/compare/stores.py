@@ -149,8 +149,8 @@ def _shared_work(material: Material, arm: Arm, seed: int) -> Mapping[str, float]
     return _work(material, _everything(material, arm), seed)
 
 
-def check_gradients(material: Material) -> None:
-    """Refuses `gradients` with which an arm could not choose: the first seed's target and anchor stand for all.
+def check_gradients(material: Material, arms: Collection[str]) -> None:
+    """Refuses `gradients` with which one of some arms could not choose: the first seed's target and anchor stand for all.
 
     Raises:
         GradsieveError: What would go wrong; the message has file and key.
@@ -159,17 +159,17 @@ def check_gradients(material: Material) -> None:
     pool = material.trainable(config.seeds[0]).pool
     few = [pool.examples[position] for position in pool.kept[:_FEW]]
     data = _data(material, config.seeds[0]) | {"pool": few}
-    kinds = {repr(_kind(arm)): arm for arm in config.arms if arm.chooses}
+    kinds = {repr(_kind(arm)): arm for arm in config.arms if arm.chooses and arm.name in arms}
     for arm in kinds.values():
         try:
-            rehearse(_everything(material, arm), Job(**_job_settings(material)), data)
+            rehearse(_everything(material, arm), Job(**job_settings(material)), data, len(pool.kept))
         except GradsieveError as error:
             raise type(error)(f"{config.source}: gradients: {error}") from None
 
 
 def _work(material: Material, method: Selector, seed: int) -> Mapping[str, float]:
     """Returns what a method's gradients of one seed's data are from nothing, in token passes, repeated examples included."""
-    return passes(method, Job(**_job_settings(material) | {"dedup": "off"}), _data(material, seed))
+    return passes(method, Job(**job_settings(material) | {"dedup": "off"}), _data(material, seed))
 
 
 def _tokens(material: Material, seeds: Sequence[int]) -> dict[bytes, int]:
@@ -216,12 +216,13 @@ def ask(
 
     No Navigator is warmed up for the latter: it would train for nothing.
     """
-    settings = _job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
+    settings = job_settings(material) | ({} if pool is None else {"dedup": "off", "navigator_warmup": 0})
     data = _data(material, seed) | ({} if pool is None else {"pool": pool})
     return select(method, **data, budget=budget, store=str(store), progress=progress, **settings)
 
 
-def _job_settings(material: Material) -> dict[str, Any]:
+def job_settings(material: Material) -> dict[str, Any]:
+    """Returns the settings of `Job` with which every arm chooses, but for data and budget."""
     config = material.config
     return {**{name: getattr(config, name) for name in ("model", *SHARED)}, **config.gradients}
 
@@ -254,7 +255,7 @@ def navigator_passes(material: Material, arm: Arm, budget: str, seed: int) -> fl
     """Returns the work of the Navigator behind one choice, in token passes; 0 of a method that has none."""
     if "navigator" not in selector(arm).needs:
         return 0.0
-    return passes(selector(arm), Job(**_job_settings(material) | {"budget": budget}), _data(material, seed)).get(
+    return passes(selector(arm), Job(**job_settings(material) | {"budget": budget}), _data(material, seed)).get(
         "navigator", 0.0
     )
 
