@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 
 from gradsieve.atomic import require_writable
-from gradsieve.batch_size import best_size, try_sizes
-from gradsieve.batch_size import describe as describe_sizes
 from gradsieve.check import Compared
 from gradsieve.check import check as check_rows
 from gradsieve.clock import Clock, Progress
@@ -24,11 +21,10 @@ from gradsieve.data.dedup import check_dedup, find_duplicates
 from gradsieve.data.template import read_template
 from gradsieve.data.texts import embeddings
 from gradsieve.demo import cache_dir
-from gradsieve.errors import InvalidArgument, StoreMismatch
-from gradsieve.extraction import fill, for_store, manifest, plan, reusable
-from gradsieve.gradients.engine import GradientEngine
-from gradsieve.gradients.forward import ForwardEngine
-from gradsieve.gradients.settings import EngineSettings, plain
+from gradsieve.errors import InvalidArgument
+from gradsieve.extraction import manifest
+from gradsieve.filling import Filling
+from gradsieve.gradients.settings import EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 from gradsieve.inputs import Inputs, read_inputs
 from gradsieve.job import Data, Job
@@ -41,16 +37,13 @@ from gradsieve.references import (
     Source,
     contrast,
     gradient_tokens,
-    measure_references,
-    read_facts,
     read_halves,
     reference_sources,
-    write_facts,
 )
 from gradsieve.selectors.ranking import split_half
 from gradsieve.store import GradientStore
 from gradsieve.train.navigator import LoRANavigator, NavigatorSettings
-from gradsieve.types import Budget, Gradients, Problem, Reference, Selection, Selector, Warmup
+from gradsieve.types import Budget, Gradients, Problem, Selection, Selector, Warmup
 from gradsieve.views import finite_view, group_column, number_columns, shared_words, target_groups, without_gradients
 from gradsieve.warmup import Stop, part_of, require_training, stops_of, training_passes
 
@@ -289,9 +282,11 @@ class Run:
             stops = [dataclasses.replace(stop, compute=with_form(stop.source, compute, len(references))) for stop in stops]
         if wide := next((stop for stop in stops if stop.compute.form == "wide sketch"), None):
             self.notes.append(form_note(wide.source, wide.compute, len(references)))
+        filling = Filling(self.sets, self._roles(), self.job.batch_tokens, self.clock, self.progress, self.notes.append)
         if "loss/alone" in self.needs:
-            self.alone = self._answers_alone(source, compute, root)
-        filled = {stop.name: self._filled(stop, references, alone=len(stops) == 1) for stop in stops}
+            self.alone = filling.answers_alone(source, compute, root)
+        filled = {stop.name: filling.filled(stop, references, alone=len(stops) == 1) for stop in stops}
+        self.job = dataclasses.replace(self.job, batch_tokens=filling.batch_tokens)
         views = {
             role: self._view({name: stores[role] for name, (stores, _) in filled.items()}, self.sets[role], references)
             for role in self._roles()
@@ -323,40 +318,9 @@ class Run:
             found["pool alone"] = sum(self.sets["pool"].alone().lengths) / 2
         return found
 
-    def _answers_alone(self, source: ModelSource, compute: ComputeSettings, root: Path) -> torch.Tensor:
-        """The loss of every answer without its question, float64 [n], from a forward pass with a folder of its own."""
-        tokens = self.sets["pool"].alone()
-        own = dataclasses.replace(compute, engine=dataclasses.replace(compute.engine, gradients=False, hidden=False))
-        store = GradientStore(root / "alone" / "pool", manifest(source, own, {}))
-        if units := store.pending(plan(store, tokens, own)):
-            stage = self.clock.stage("forward pass of the answers alone")
-            with stage as written, source.opened(own.dtype, own.device) as model, ForwardEngine(model, own.engine) as engine:
-                written.append(fill(store, tokens, units, engine, own, self.progress))
-        return store.view(tokens.ids, tokens.keys).columns["loss"]
-
     def _roles(self) -> list[str]:
         """The sets whose gradients are taken."""
         return ["pool", *(role for role in ("target", "anchor") if {f"{role}s", f"hidden/{role}s"} & self.needs)]
-
-    def _filled(
-        self, stop: Stop, references: Mapping[str, Source], *, alone: bool
-    ) -> tuple[dict[str, GradientStore], dict[str, Reference]]:
-        """Returns the stores of one checkpoint, once nothing is missing in them, and what is known about the references."""
-        stores: dict[str, GradientStore] = {}
-        pending = {}
-        for role in self._roles():
-            stores[role] = self._open(stop, role, references)
-            pending[role] = stores[role].pending(plan(stores[role], self.sets[role], stop.compute))
-        facts = read_facts(stores["pool"])
-        if any(pending.values()):
-            extra = set(stores["pool"].manifest.settings["references"]) - set(references)
-            if pending["pool"] and extra:
-                raise StoreMismatch(
-                    f"store {stop.root / 'pool'} must be finished with the references it was begun with, got a run without "
-                    f"{', '.join(sorted(extra))}; run that method again first, or choose another --store"
-                )
-            facts |= self._fill(stop, references, stores, pending, "" if alone else f" ({stop.name})")
-        return stores, facts
 
     def _make_navigator(self, model: torch.nn.Module, pool: Gradients) -> LoRANavigator:
         """Loads a model of its own: the engine's may be the caller's, and is gone where the store was full."""
@@ -371,71 +335,11 @@ class Run:
         candidates = [tokens[id] for id in pool.ids]
         return make_navigator(model, candidates, self.sets["target"], self.held_out, self.source.tokenizer, settings)
 
-    def _open(self, stop: Stop, role: str, references: Mapping[str, Source]) -> GradientStore:
-        """Opens a role's store. A forward pass has a folder of its own, unless gradients with all it gives are there."""
-        folder, wanted = stop.root / role, stop.manifest(role, references)
-        there = reusable(folder, wanted)
-        if stop.compute.engine.gradients or there is not wanted:
-            return GradientStore(folder, there)
-        folder = stop.root / "forward" / role
-        return GradientStore(folder, reusable(folder, wanted))
-
-    def _try_batch_sizes(
-        self,
-        model: torch.nn.Module,
-        compute: ComputeSettings,
-        pending: Mapping[str, Any],
-    ) -> int:
-        """Returns the batch size that was found best on the largest set that is to be computed."""
-        role = max(pending, key=lambda role: sum(len(unit.keys) for unit in pending[role]))
-        wanted = {key for unit in pending[role] for key in unit.keys}
-        mine = [t for key, t in zip(self.sets[role].keys, self.sets[role].tokens, strict=True) if key in wanted]
-        mine.sort(key=lambda tokens: -len(tokens.input_ids))
-        with (
-            self.clock.stage("trying batch sizes"),
-            GradientEngine(model, plain(compute.engine), checkpointing=compute.checkpointing) as engine,
-        ):
-            rates = try_sizes(engine, mine, compute.unit_tokens, compute.device)
-        self.notes.append(describe_sizes(rates))
-        return best_size(rates)
-
     def _store_folder(self, fingerprint: str) -> Path:
         """The folder asked for, or `store` beside the results, or one of the cache, so that a run in memory can go on too."""
         if self.job.store:
             return Path(self.job.store)
         return self.out / "store" if self.out else cache_dir() / "stores" / fingerprint
-
-    def _fill(
-        self,
-        stop: Stop,
-        references: Mapping[str, Source],
-        stores: Mapping[str, GradientStore],
-        pending: Mapping[str, Any],
-        where: str,
-    ) -> Mapping[str, Reference]:
-        stacked, compute = None, stop.compute
-        with ExitStack() as stack:
-            with self.clock.stage(f"loading the model{where}"):
-                model = stack.enter_context(stop.source.opened(compute.dtype, compute.device))
-            if self.job.batch_tokens == "auto":
-                size = self._try_batch_sizes(model, compute, pending)
-                self.job = dataclasses.replace(self.job, batch_tokens=size)
-            compute = dataclasses.replace(compute, batch_tokens=int(self.job.batch_tokens))
-            if pending["pool"] and references:
-                with self.clock.stage(f"references{where}"):
-                    stacked = measure_references(model, compute, references, self.progress, self.notes.append)
-                    write_facts(stores["pool"], stacked)
-            for role, units in pending.items():
-                if units:
-                    own = dataclasses.replace(for_store(stop.settings(role), stores[role]), batch_tokens=compute.batch_tokens)
-                    what = "gradients" if own.engine.gradients else "forward pass"
-                    with (
-                        self.clock.stage(f"{what} of the {role}{where}") as written,
-                        stop.engine(role, model, stacked, own) as engine,
-                    ):
-                        say = self.notes.append
-                        written.append(fill(stores[role], self.sets[role], units, engine, own, self.progress, say))
-        return stacked.facts if stacked else {}
 
     def _reference_sources(self, source: ModelSource, compute: ComputeSettings, template: str | None) -> dict[str, Source]:
         return reference_sources(self.needs, self.sets, lambda part: self._contrast(part, source, compute, template))

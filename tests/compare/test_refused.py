@@ -116,7 +116,7 @@ def test_budgets_are_paid_by_the_pool_without_its_copies(content: dict[str, Any]
     content["arms"] = {"random": None}
     Comparison.of(parse_config(content, "x.yaml"))
     content["gradients"]["dedup"] = "exact"
-    with pytest.raises(InvalidArgument, match=r"x\.yaml: budgets, in seed 0: budget must lie in \[1, 24\] .*, got 30; lower it"):
+    with pytest.raises(InvalidArgument, match=r"x\.yaml: budgets, in seed 0: budget must lie in \[1, 24\] .*, got 30; lower"):
         Comparison.of(parse_config(content, "x.yaml"))
 
 
