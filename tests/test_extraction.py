@@ -127,13 +127,12 @@ def test_pairs_that_exchanged_their_answers_are_not_torn_apart(data: dict[str, s
     noise = float((sizes * (groups - whole).square().sum(1)).sum()) / (len(units) - 1) / len(pairs)
     fact = found.facts["contrast/anchor"]
     assert (1 - fact.signal_share) * fact.norm**2 == pytest.approx(noise, rel=0.1)  # the sketch tells 5 %
-    negated, _ = contrast(corrupt(one_of_two, "negate"), "anchor", source, compute, None)
+    negated, said = contrast(corrupt(one_of_two, "negate"), "anchor", source, compute, None)
+    assert not said
     assert sorted(linked(negated)) == [[i] for i in range(6)]  # equal answers that nobody exchanged are no link
-    alike, _ = contrast(corrupt(one_of_two, "exchange"), "anchor", source, compute, None)
-    said: list[str] = []
-    found = measure_references(model, compute, {"contrast/anchor": alike}, say=said.append)
+    alike, said = contrast(corrupt(one_of_two, "exchange"), "anchor", source, compute, None)
     assert "all 6 pairs of the contrast of anchor share answers" in said[0]
-    assert not found.halves
+    assert not measure_references(model, compute, {"contrast/anchor": alike}).halves
 
 
 def test_the_memory_of_exact_references_is_that_of_whole_gradients_in_the_models_precision(tiny_model: Path) -> None:

@@ -104,8 +104,8 @@ def _categories(anchor: TokenSet) -> dict[str, TokenSet]:
 
 def contrast(
     corruption: Corruption, name: str, model: ModelSource, compute: ComputeSettings, template: str | None
-) -> tuple[Contrast, str | None]:
-    """Returns the contrast of a set and its wrong copies, and a note where some examples had to be left out."""
+) -> tuple[Contrast, list[str]]:
+    """Returns the contrast of a set and its wrong copies, and what the user must know of it."""
     sides = (
         [
             TokenSet.of(name, side, model.tokenizer, max_length=compute.max_length, chat_template=template)
@@ -124,9 +124,18 @@ def contrast(
     right.require_usable(2)
     total = len(corruption.pairs) + len(corruption.skipped)
     left_out = total - len(both)
-    note = f"{left_out} of {total} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
     exchanged = corruption.how not in ("numbers", "negate", "option")  # of copies that were given nothing is known
-    return Contrast(right, wrong, exchanged), note if left_out else None
+    made, notes = Contrast(right, wrong, exchanged), []
+    if left_out:
+        notes.append(
+            f"{left_out} of {total} examples of {name} could not be corrupted ({corruption.how}); its contrast lacks them"
+        )
+    if len(linked(made)) == 1:
+        notes.append(
+            f"all {len(both)} pairs of the contrast of {name} share answers: its signal share is that of single pairs, and no "
+            "split-half correlation is known; give examples with more different answers"
+        )
+    return made, notes
 
 
 def token_sets(source: Source) -> tuple[TokenSet, ...]:
@@ -233,10 +242,6 @@ def measure_references(
         pairs: tuple[torch.Tensor, ...] = _in_order(right, first, source.right), _in_order(wrong, second, source.wrong)
         units = linked(source)
         if len(units) == 1:
-            say(
-                f"all {len(pairs[0])} pairs of the contrast of {source.right.name} share answers: its signal share is that of "
-                "single pairs, and no split-half correlation is known; give examples with more different answers"
-            )
             return right.minus(wrong, pairs), []
         sizes = torch.tensor([len(unit) for unit in units], device=pairs[0].device)
         pairs = tuple(torch.stack([side[unit].mean(0) for unit in units]) for side in pairs)

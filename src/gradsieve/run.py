@@ -353,9 +353,8 @@ class Run:
             if given
             else corrupt(usable, self.job.corruption, seed=self.job.seed)
         )
-        made, note = contrast(corruption, part.name, source, compute, template)
-        if note:
-            self.notes.append(note)
+        made, notes = contrast(corruption, part.name, source, compute, template)
+        self.notes += notes
         return made
 
     def _view(self, stores: Mapping[str, GradientStore], tokens: TokenSet, references: Collection[str]) -> Gradients:
