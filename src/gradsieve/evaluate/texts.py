@@ -38,7 +38,7 @@ _LIBRARIES = {
 }
 # full-width digits, comma, stop and minus, and the minus of mathematics
 _PLAIN = {0xFF10 + digit: str(digit) for digit in range(10)} | {0xFF0C: ",", 0xFF0E: ".", 0xFF0D: "-", 0x2212: "-"}
-_SIGN_BEFORE_CURRENCY = re.compile(r"(?<![0-9])-\s?([$€£¥]) ?(?=[0-9.])")
+_SIGN_BEFORE_CURRENCY = re.compile(r"(?<![0-9])-([$€£¥]) ?(?=[0-9.])")  # after a space it is a dash or the mark of a list
 _PIECE = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 
 
