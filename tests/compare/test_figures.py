@@ -38,8 +38,8 @@ def standing(arm: str, budget: str | None = "10%", gain: float = 0.1, forgetting
     return Standing(**values | changes)
 
 
-def drawn(standings: Sequence[Standing]) -> ET.Element:
-    return ET.fromstring(pareto(standings, looks([one.arm for one in standings]), "up", "right"))
+def drawn(standings: Sequence[Standing], *, base: bool = True) -> ET.Element:
+    return ET.fromstring(pareto(standings, looks([one.arm for one in standings]), "up", "right", base=base))
 
 
 def marks(root: ET.Element) -> dict[str, tuple[float, float, dict[str, str]]]:
@@ -212,6 +212,19 @@ def test_bars_of_costs_are_as_wide_as_the_seconds() -> None:
     assert {"2 min 50 s", "1 min 25 s"} <= {text.text for text in texts(root)}
 
 
+def test_names_and_columns_of_overlaps_are_within_the_picture() -> None:
+    names = [f"a-method-of-a-long-name-{i:02}-50%" for i in range(26)]
+    root = ET.fromstring(overlaps(names, [[0.5] * 26] * 26))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    assert max(float(bar.attrib["x"]) + float(bar.attrib["width"]) for bar in root.iter(f"{SVG}rect")) <= width
+    slanted = [group[0] for group in root.iter(f"{SVG}g") if "rotate(-40" in group.attrib.get("transform", "")]
+    assert len(slanted) == 26
+    for text in slanted:  # it ends at its place and comes from below on the left
+        reach = 7.2 * len(text.text or "")
+        assert float(text.attrib["y"]) + reach * math.sin(math.radians(40)) <= height
+        assert float(text.attrib["x"]) - reach * math.cos(math.radians(40)) >= 0
+
+
 def test_overlaps_are_printed_where_they_belong(contrast: Callable[[str, str], float]) -> None:
     rows = [[1.0, 0.25, 0.07], [0.25, 1.0, math.nan], [0.07, math.nan, 1.0]]
     root = ET.fromstring(overlaps(["a", "b", "c"], rows))
@@ -240,7 +253,7 @@ def test_hostile_names_are_text_in_every_figure() -> None:
     standings = [standing(hostile), standing("b")]
     look = looks([hostile, "b"])
     documents = [
-        pareto(standings, look, hostile, hostile),
+        pareto(standings, look, hostile, hostile, base=True),
         by_budget(standings, look, "gain", hostile),
         costs(standings),
         overlaps([hostile, "b"], [[1.0, 0.5], [0.5, 1.0]]),

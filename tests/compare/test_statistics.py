@@ -29,6 +29,7 @@ def bootstrap_naive(table: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> 
     m_e = sum(x**2 for x in rest) / ((s_count - 1) * (i_count - 1))
     top = max(m_s + m_i - m_e, m_s, m_i)
     freedom = top**2 / (m_s**2 / (s_count - 1) + m_i**2 / (i_count - 1) + m_e**2 / ((s_count - 1) * (i_count - 1)))
+    freedom = max(freedom, s_count - 1) if s_count < i_count else max(freedom, i_count - 1)
     wide = stats.t.ppf(0.975, freedom) * math.sqrt(top / (s_count * i_count))
     center = sum(means) / len(means)
     spread = math.sqrt(sum((m - center) ** 2 for m in means) / len(means))
@@ -75,6 +76,16 @@ def coverage(seeds: int, items: int, sd_seeds: float, sd_items: float, sd_rest: 
 @pytest.mark.parametrize("sd", [(1, 1, 1), (0.02, 1, 1), (0.1, 1, 1)], ids=["seeds rule", "items rule", "both"])
 def test_intervals_of_three_seeds_hold_the_truth_about_as_often_as_they_say(sd: tuple[float, float, float]) -> None:
     assert 0.90 <= coverage(3, 40, *sd) <= 0.985
+
+
+def test_few_items_leave_an_interval_of_a_sensible_width() -> None:
+    rng = np.random.default_rng(0)
+    wide = [half_width(rng.normal(0, 1, (3, 4))) for _ in range(500)]
+    assert max(wide) < 5  # without a least ν a hundredth of them was above 10¹⁰
+    draws = Draws.of(3, 200)
+    found = estimate(np.eye(3), draws, draws.items("x", 3))  # neither seeds nor items differ in their means
+    assert (found.low < 0 < found.high, found.verdict) == (True, "tie")
+    assert half_width(np.eye(3)) == pytest.approx(stats.t.ppf(0.975, 4) * math.sqrt(0.5 / 9))
 
 
 def test_a_plain_bootstrap_of_three_seeds_would_miss_the_truth_far_too_often() -> None:

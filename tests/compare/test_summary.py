@@ -151,6 +151,44 @@ def test_verdicts_the_front_and_the_headline_follow(write: Write) -> None:
     assert "In kl of the general tests better than random, and in gain not worse: good 10%" in lead(summary)
 
 
+def test_an_arm_that_gains_and_loses_nothing_takes_the_untouched_model_off_the_front(write: Write) -> None:
+    def remember(cell: Cell, values: dict[str, Any]) -> None:
+        del values["math"]["kl"]
+        if cell.arm == "good":
+            values["math"]["loss"] -= 0.2
+
+    summary = summarise(write(change=remember), record(list(TEACHES)), resamples=200)
+    assert summary.base_on_front == {"equal_steps": False}
+    assert "On the front of gain and forgetting: good 10%." in lead(summary)
+    svg = figures(summary)["pareto-equal_steps"]
+    (line,) = re.findall(r'<polyline points="([^"]*)"', svg)
+    assert len(line.split()) == 1  # of good alone
+    kept = summarise(write(), record(list(TEACHES)), resamples=200)
+    assert kept.base_on_front == {"equal_steps": True}
+    base = re.compile(r'<path [^>]*translate\([^>]*fill="([^"]+)"[^>]*></path>')
+    assert base.findall(svg)[0] != base.findall(figures(kept)["pareto-equal_steps"])[0]
+
+
+def test_hours_are_of_work_that_was_done(write: Write) -> None:
+    cells = write()
+    for one in cells:
+        one.record["seconds"]["generate"] = 2.0
+    again = replace(cells[-1], record=cells[-1].record | {"same_as": cells[-2].cell.name})
+    summary = summarise([*cells[:-1], again], record(list(TEACHES)), resamples=50)
+    assert summary.trained_seconds == 10.0 * (len(cells) - 1)
+    assert summary.examined_seconds == 6.0 * (len(cells) - 1)
+
+
+def test_two_views_are_told_apart_in_sentences(write: Write) -> None:
+    cells = write()
+    other = [replace(one, cell=replace(one.cell, view="equal_repetition")) for one in cells if one.cell.view]
+    summary = summarise([*cells, *other], record(list(TEACHES)), resamples=50)
+    said = lead(summary).partition("On the front")[2]
+    assert "good 10% (equal steps)" in said
+    assert "good 10% (equal repetition)" in said
+    assert re.search(r"largest gain \(nats per token\)</dt><dd><span>good 10% \(equal", render(summary, {}))
+
+
 def test_accuracy_counts_the_other_way_and_items_without_a_value_are_left_out(write: Write) -> None:
     def better(cell: Cell, values: dict[str, Any]) -> None:
         if cell.arm == "good":
@@ -301,6 +339,7 @@ def test_every_two_arms_are_held_against_each_other(write: Write) -> None:
     text, rows = markdown(summary), list(csv.DictReader(io.StringIO(pairs_csv(summary))))
     assert f"| good 10% | random 10% | {interval(gained)} |" in text
     assert f"{len(better)} of {len(pairs) // 2} pairs" in text
+    assert "of twenty pairs without a difference about two are expected here" in text
     assert len(rows) == len(summary.pairs)
     assert float(rows[0]["minus_keeping"]) == summary.pairs[0].keeping.mean  # type: ignore[union-attr]
     assert "pairs.csv" in render(summary, figures(summary))
@@ -312,6 +351,8 @@ def test_every_two_arms_are_held_against_each_other(write: Write) -> None:
         (1.25, -0.5, 3.0, "+1.25 [−0.50, +3.00]"),
         (0.0312, 0.01, 0.05, "+0.0312 [+0.0100, +0.0500]"),
         (0.0, 0.0, 0.0, "+0.00 [+0.00, +0.00]"),
+        (0.0042, 0.0011, 0.0073, "+0.0042 [+0.0011, +0.0073]"),
+        (3e-5, 1e-5, 4.9e-5, "+0.000030 [+0.000010, +0.000049]"),
     ],
 )
 def test_intervals_are_written_with_the_digits_they_need(mean: float, low: float, high: float, text: str) -> None:

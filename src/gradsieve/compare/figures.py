@@ -64,7 +64,7 @@ def figures(summary: Summary) -> dict[str, str]:
     for view in summary.views():
         own = [standing for standing in summary.standings if standing.view == view]
         if metric:
-            made[f"pareto-{view}"] = pareto(own, look, gain, forgetting_words(metric))
+            made[f"pareto-{view}"] = pareto(own, look, gain, forgetting_words(metric), base=summary.base_on_front[view])
         if any(one.budget for one in own):
             made[f"gain-{view}"] = by_budget(own, look, "gain", gain)
             if metric:
@@ -87,16 +87,24 @@ def looks(arms: Sequence[str]) -> dict[str, Look]:
     return BASELINES | {arm: Look(COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, arm in enumerate(methods)}
 
 
-def pareto(standings: Sequence[Standing], look: Mapping[str, Look], above: str, below: str) -> str:
-    """Returns gain against forgetting with both intervals; arms on the front are filled and joined by a line."""
+def pareto(standings: Sequence[Standing], look: Mapping[str, Look], above: str, below: str, *, base: bool) -> str:
+    """Returns gain against forgetting with both intervals; arms on the front are filled and joined by a line.
+
+    Args:
+        standings: Of one view.
+        look: How each arm is drawn.
+        above: What gain is.
+        below: What forgetting is.
+        base: Whether the untouched model is on the front.
+    """
     there = [(one, one.forgetting) for one in standings if one.forgetting is not None]
     x = _axis([v for _, f in there for v in (f.low, f.high)] + [0.0])
     y = _axis([v for one, _ in there for v in (one.gain.low, one.gain.high)] + [0.0])
     parts = _frame(x, y, below, above)
-    front = sorted([(f.mean, one.gain.mean) for one, f in there if one.on_front] + [(0.0, 0.0)])
+    front = sorted([(f.mean, one.gain.mean) for one, f in there if one.on_front] + [(0.0, 0.0)] * base)
     line = " ".join(f"{_x(x, f):.1f},{_y(y, g):.1f}" for f, g in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="{ACCENT}" stroke-width="1.5" stroke-dasharray="5 4"/>')
-    points, texts, dots = [(_x(x, 0), _y(y, 0))], [BASE], [_mark(_x(x, 0), _y(y, 0), look[BASE], True)]
+    points, texts, dots = [(_x(x, 0), _y(y, 0))], [BASE], [_mark(_x(x, 0), _y(y, 0), look[BASE], base)]
     bars = _along([(_x(x, f), _y(y, g)) for f, g in front])
     for one, f in there:
         px, py = _x(x, f.mean), _y(y, one.gain.mean)
@@ -191,6 +199,7 @@ def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Returns the Jaccard index of every pair of subsets, darker where more is shared."""
     left = _room(names)
     cell = max(26, min(46, int(WIDTH - left - 10) // max(1, len(names))))
+    wide = max(float(WIDTH), left + len(names) * cell + 10)
     made = []
     for i, name in enumerate(names):
         made.append(_text(left - 8, 20 + (i + 0.62) * cell, name, INK, "end"))
@@ -216,7 +225,8 @@ def overlaps(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     for j, name in enumerate(names):
         x = left + (j + 0.5) * cell
         made.append(f'<g transform="rotate(-40 {x:.1f} {below})">{_text(x, below, name, INK, "end")}</g>')
-    return _document(made, "Jaccard index of subsets", height=below + 90)
+    slanted = 0.65 * max(map(width, names), default=0.0)  # sin 40°, and the height of letters
+    return _document(made, "Jaccard index of subsets", height=below + max(90, math.ceil(slanted) + 14), wide=wide)
 
 
 def _shade(share: float) -> str:
@@ -318,8 +328,8 @@ def _mark(x: float, y: float, look: Look, full: bool, title: str = "") -> str:
     return f'<path transform="translate({x:.1f} {y:.1f})" {drawn}>{inner}</path>'
 
 
-def _document(parts: Sequence[str], title: str, *, height: int = HEIGHT, extra: int = 0) -> str:
-    box = f'viewBox="0 0 {WIDTH} {height + extra}"'
+def _document(parts: Sequence[str], title: str, *, height: int = HEIGHT, extra: int = 0, wide: float = WIDTH) -> str:
+    box = f'viewBox="0 0 {wide:g} {height + extra}"'
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(visible(title), {chr(34): "&quot;"})}">'
     )

@@ -19,6 +19,7 @@ from gradsieve.compare.summary import Pair, Standing, Summary, summarise
 from gradsieve.compare.tables import (
     SHOWN_LEAKS,
     effects_csv,
+    expected_by_chance,
     generations,
     interval,
     leaks_words,
@@ -85,6 +86,7 @@ def render(summary: Summary, drawn: Mapping[str, str], leaks: Sequence[str] = ()
         "subsets": [(budget, name) for budget in summary.overlaps if (name := overlap_name(budget)) in drawn],
         "leaks": leaks[:SHOWN_LEAKS],
         "leaks_words": leaks_words(leaks),
+        "expected": expected_by_chance(summary),
         "gain_words": gain_words(summary.gain_metric),
         "forgetting_words": forgetting_words(summary.forgetting_metric) if summary.forgetting_metric else "",
         "settings": _settings(summary.record["config"]),
@@ -126,8 +128,9 @@ def lead(summary: Summary) -> str:
     if summary.forgetting_metric:
         kept = wording.joined(_keeping(summary)) or "none"
         parts.append(f"In {summary.forgetting_metric} of the general tests better than random, and in gain not worse: {kept}.")
-        front = [one.label for one in summary.standings if one.on_front]
-        parts.append(f"On the front of gain and forgetting, beside the untouched model: {wording.joined(front) or 'none'}.")
+        front = [_name(summary, one) for one in summary.standings if one.on_front]
+        beside = ", beside the untouched model" if all(summary.base_on_front.values()) else ""
+        parts.append(f"On the front of gain and forgetting{beside}: {wording.joined(front) or 'none'}.")
     return " ".join(parts)
 
 
@@ -159,15 +162,18 @@ def _forgets_less(pair: Pair) -> bool:
 def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
     config = summary.record["config"]
     done = sum(one.seeds for one in summary.standings) + 1
-    trained = sum(one.seconds["train"] * one.seeds for one in summary.standings)
-    examined = sum(one.seconds["evaluate"] * one.seeds for one in summary.standings)
+    trained, examined = wording.duration(summary.trained_seconds), wording.duration(summary.examined_seconds)
     best = max(summary.standings, key=lambda one: one.gain.mean, default=None)
     return [
         (str(len(config["arms"])), "arms", wording.joined([arm["name"] for arm in config["arms"]])),
         (str(len(config["seeds"])), "seeds", "of training, draws and, where the file asks, data"),
         (str(done), "finished cells", f"{len(summary.missing)} are missing" if summary.missing else "all of them"),
-        (f"{best.gain.mean:+.3f}".replace("-", "−") if best else "–", "largest gain", best.label if best else ""),
-        (wording.duration(trained), "of training", f"and {wording.duration(examined)} of evaluation"),
+        (
+            f"{best.gain.mean:+.3f}".replace("-", "−") if best else "–",
+            with_unit("largest gain", summary.gain_metric),
+            _name(summary, best) if best else "",
+        ),
+        (trained, "of training", f"and {examined} of evaluation"),
     ]
 
 

@@ -149,9 +149,12 @@ class Summary:
         roles: Role of each test.
         effects: Every arm, budget, view, test and metric.
         standings: Every arm and budget, view by view.
+        base_on_front: Whether no arm of a view gains and forgets nothing, or the like; of views that have a front.
         pairs: Every two of them that share seeds, view by view.
         overlaps: Jaccard index of the subsets of each pair, by budget: mean over seeds.
         generations: What each arm answered, first seed, largest budget: (label, answers).
+        trained_seconds: Of all training that was done: cells that took over the work of another count once.
+        examined_seconds: Of all evaluation and generation, the untouched model's too.
         missing: Cells that are not finished.
         record: Content of comparison.json.
         notes: Sentences the reader must know.
@@ -163,9 +166,12 @@ class Summary:
     roles: Mapping[str, str]
     effects: Sequence[Effect]
     standings: Sequence[Standing]
+    base_on_front: Mapping[str, bool]
     pairs: Sequence[Pair]
     overlaps: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]
     generations: Sequence[tuple[str, Sequence[Mapping[str, str]]]]
+    trained_seconds: float
+    examined_seconds: float
     missing: Sequence[str]
     record: Mapping[str, Any]
     notes: Sequence[str]
@@ -219,7 +225,9 @@ def summarise(
         for metric in values
         if paired.has(test, metric)
     ]
-    standings = _standings(paired, effects, gain_metric, forgetting_metric)
+    views = dict.fromkeys(view for _, _, view in paired.seeds)
+    by_view = {view: _of_view(paired, effects, view, gain_metric, forgetting_metric) for view in views}
+    standings = [one for own, _ in by_view.values() for one in own]
     return Summary(
         name=str(config["source"]),
         gain_metric=gain_metric,
@@ -227,9 +235,12 @@ def summarise(
         roles=roles,
         effects=effects,
         standings=standings,
+        base_on_front={view: on for view, (_, on) in by_view.items() if on is not None},
         pairs=_pairs(paired, gain_metric, forgetting_metric),
         overlaps=_overlaps(finished),
         generations=_generations(finished),
+        trained_seconds=_seconds(finished, "train"),
+        examined_seconds=_seconds(finished, "evaluate") + _seconds(finished, "generate"),
         missing=list(missing),
         record=record,
         notes=[*_notes(record, effects, standings, missing), *_left_out(paired, gain_metric), *_single(effects)],
@@ -245,20 +256,18 @@ def _effect(paired: Paired, key: Key, test: str, metric: str) -> Effect:
     return Effect(arm, budget, view, test, paired.roles[test], metric, float(values.mean()), float(base.mean()), against)
 
 
-def _standings(paired: Paired, effects: Sequence[Effect], gain: str, forgetting: str | None) -> list[Standing]:
-    views = list(dict.fromkeys(view for _, _, view in paired.seeds))
-    return [standing for view in views for standing in _of_view(paired, effects, view, gain, forgetting)]
-
-
-def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, forgetting: str | None) -> list[Standing]:
+def _of_view(
+    paired: Paired, effects: Sequence[Effect], view: str, gain: str, forgetting: str | None
+) -> tuple[list[Standing], bool | None]:
+    """Returns where the arms of a view stand, and whether the untouched model is on their front; None without one."""
     keys = [key for key in paired.seeds if key[2] == view]
     base: Key = (BASE, None, view)
     gains = {key: paired.over_tests(key, base, "target", gain) for key in keys}
     losses = {key: paired.over_tests(key, base, "general", forgetting) for key in keys} if forgetting else {}
-    on_front: dict[Key, tuple[bool | None, float]] = dict.fromkeys(keys, (None, math.nan))
+    on_front: dict[Key, tuple[bool | None, float]] = dict.fromkeys([base, *keys], (None, math.nan))
     if forgetting:
         on_front |= _front(paired, gains, losses, base, gain, forgetting)
-    return [
+    standings = [
         _standing(
             paired,
             effects,
@@ -268,12 +277,16 @@ def _of_view(paired: Paired, effects: Sequence[Effect], view: str, gain: str, fo
         )
         for key in keys
     ]
+    return standings, on_front[base][0]
 
 
 def _front(
     paired: Paired, of_gain: Over, of_keeping: Over, base: Key, gain: str, forgetting: str
 ) -> dict[Key, tuple[bool | None, float]]:
-    """Returns which arms are on the front and in which share of the draws, of those that have the seeds it is judged by."""
+    """Returns which arms are on the front and in which share of the draws, of those that have the seeds it is judged by.
+
+    The untouched model is one of them: arms that gain and lose nothing leave it behind.
+    """
     seeds = front_seeds([paired.seeds[key] for key in of_gain])
     whole = [key for key in of_gain if {*seeds} <= {*paired.seeds[key]}]
     points, drawn = [np.zeros(2)], [np.zeros((2, paired.resamples))]
@@ -287,7 +300,7 @@ def _front(
         drawn.append(np.stack([gains, -keeping]))
     at, under = np.stack(points), np.stack(drawn)
     once, often = front(at[:, 0], at[:, 1]), front(under[:, 0].T, under[:, 1].T).mean(0)
-    return {key: (bool(on), float(share)) for key, on, share in zip(whole, once[1:], often[1:], strict=True)}
+    return {key: (bool(on), float(share)) for key, on, share in zip([base, *whole], once, often, strict=True)}
 
 
 def front_seeds(of_arms: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -374,6 +387,11 @@ def _overlaps(finished: Sequence[Finished]) -> dict[str, tuple[list[str], list[l
         rows = [[_mean([m[a, b] for m in matrices if (a, b) in m]) for b in names] for a in names]
         tables[budget] = (names, rows)
     return tables
+
+
+def _seconds(finished: Sequence[Finished], stage: str) -> float:
+    """Returns what a stage took in all cells that did their own work."""
+    return math.fsum(one.record["seconds"].get(stage, 0.0) for one in finished if "same_as" not in one.record)
 
 
 def _mean(values: Sequence[float]) -> float:

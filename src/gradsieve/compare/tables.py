@@ -155,7 +155,8 @@ def interval(found: Estimate | None, *, verdict: bool = False) -> str:
     """Returns `+0.031 [+0.012, +0.050]`, with its verdict on request; `–` for None."""
     if found is None:
         return "–"
-    digits = max(2, min(4, 2 - _power(max(abs(found.low), abs(found.high), abs(found.mean)))))
+    three = 2 - _power(max(abs(found.low), abs(found.high), abs(found.mean)))
+    digits = max(2, min(4, three), three - 1)  # three of the largest number; two where it is small
     text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]".replace("-", "−")
     return f"{text} {found.verdict}" if verdict else text
 
@@ -218,12 +219,17 @@ def _dominations(summary: Summary, view: str) -> list[str]:
         return []
     said = (
         f"{len(rows)} of {summary.pairs_of(view)} pairs (pairs.csv has all). Each interval stands for itself: of twenty pairs "
-        "without a difference one is expected here."
+        f"without a difference {expected_by_chance(summary)} expected here."
     )
     title = "### Better in gain or forgetting, and not worse in the other"
     gain, forgetting = summary.gain_metric, summary.forgetting_metric or ""
     header = ["arm", "than", with_unit("gains more by", gain), with_unit("forgets less by", forgetting)]
     return [title, "", said, "", *_table(header, rows), ""]
+
+
+def expected_by_chance(summary: Summary) -> str:
+    """Returns how many of twenty pairs without a difference one of the intervals is expected to tell apart: 5 % for each."""
+    return "about two are" if summary.forgetting_metric else "one is"
 
 
 def _metrics(summary: Summary) -> list[str]:
