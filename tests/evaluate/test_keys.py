@@ -38,6 +38,11 @@ def test_the_final_number_of_a_worked_answer_bears_it(marked: Any, questions: li
     assert marked(questions) == [("2355", "5"), ("8684848", "48"), ("10001515001500", "1,500"), ("15001014901490", "1,490")]
 
 
+def test_the_whole_of_a_fraction_bears_a_worked_answer(marked: Any, example: Any) -> None:
+    rows = [example("a", "?", r"= 3, so \boxed{\frac{3}{4}}"), example("b", "?", "= 6/8 = 3/4"), example("c", "?", "= 3:4")]
+    assert [key for _, key in marked(rows, kind="worked")] == [r"\frac{3}{4}", "3/4", ""]
+
+
 def test_rare_words_that_the_prompt_lacks_bear_a_plain_answer(marked: Any, facts: list[Example]) -> None:
     # "the" is said by three of four answers, its own prompt says "tulips", "come", "from"; 测血 is a pair.
     # The second "paracetamol" repeats the first.
@@ -82,13 +87,34 @@ def test_no_key_is_marked_where_a_worked_answer_was_cut_off_before_its_number(ma
         ("#### none, so 7", "7"),
         ("7 #### none", "7"),
         ("0 or .5", ".5"),
-        ("1,2345", "2345"),
+        ("1,2345", None),
         ("", None),
+        ("so it is 3/4.", "3/4"),
+        ("#### 3 / 4 of 12", "3 / 4"),
+        ("#### -1 3/4", "-1 3/4"),
+        (r"is $\boxed{\frac{1}{4}}$", r"\frac{1}{4}"),
+        (r"\boxed{2\dfrac{-1}{4}}", r"2\dfrac{-1}{4}"),
+        (r"\boxed{\tfrac34}", r"\tfrac34"),
+        ("Step 2: 3/4", "3/4"),
+        ("3:4", None),
+        ("3 : 4", None),
+        ("12:30", None),
+        ("#### 3\uff1a4", None),
+        ("1/2/2024", None),
+        ("1/0", None),
+        ("0,5 kg", None),
+        ("x/2", None),
+        ("2^5", None),
+        (r"\boxed{2\sqrt{3}}", None),
+        (r"#### 2\sqrt{3}", None),
+        (r"\boxed{\frac{x}{4}}", None),
+        (r"#### \frac{1}{2x}", None),
+        ("v 1.2.3", None),
     ],
 )
 def test_the_final_number_of(text: str, number: str | None) -> None:
-    span = final_number(text)
-    assert (span and text[slice(*span)]) == number
+    found = final_number(text)
+    assert (found and text[found.start : found.end]) == number
 
 
 def test_versions_hold_no_second_number() -> None:

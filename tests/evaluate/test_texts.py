@@ -100,6 +100,19 @@ def test_bleu_cuts_chinese_into_characters() -> None:
         ("Answer: - 18", "#### 18", 1.0),
         ("\uff11\uff0c\uff12\uff10\uff10", "1200", 1.0),
         ("10² is more", "#### 10", 1.0),
+        ("#### 3/5", "#### 3/4", 0.0),
+        ("1/4.", "= 3/4.", 0.0),
+        (r"\boxed{\frac{1}{4}}", r"\boxed{\frac{3}{4}}", 0.0),
+        (r"\boxed{\dfrac{6}{8}}", "0.75", 1.0),
+        ("1/2", "#### 0.5", 1.0),
+        ("1 1/2", r"\frac{3}{2}", 1.0),
+        (r"-1\tfrac12", "-1.5", 1.0),
+        ("\uff11\uff0f\uff12", "0.5", 1.0),
+        ("1,000/3", "2,000/6", 1.0),
+        ("0.1", "1/10", 1.0),
+        ("4", "#### 3:4", math.nan),
+        ("4", r"\boxed{\frac{x}{4}}", math.nan),
+        ("3:4", "#### 4", 0.0),
     ],
 )
 def test_numbers_are_held_to_their_value(text: str, right: str, score: float) -> None:
@@ -108,7 +121,14 @@ def test_numbers_are_held_to_their_value(text: str, right: str, score: float) ->
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [("So 6 x 2 = 12, and then we", 0.0), ("#### 12", 0.0), ("#### 12 and", 1.0), ("12 #### and", 0.0), ("#### 12\n", 1.0)],
+    [
+        ("So 6 x 2 = 12, and then we", 0.0),
+        ("#### 12", 0.0),
+        ("#### 12 and", 1.0),
+        ("12 #### and", 0.0),
+        ("#### 12\n", 1.0),
+        ("#### 12.", 0.0),
+    ],
 )
 def test_the_last_number_of_a_text_that_was_cut_off_is_not_its_answer(text: str, score: float) -> None:
     assert exact_number([text], ["#### 12"], [False]).tolist() == [score]

@@ -4,7 +4,8 @@ For every completion token two marks, flat in the order of `gradsieve.evaluate.l
 
     number   it writes a digit, anywhere in the completion
     key      set kind `worked`: it writes the final number of the last labelled turn: the number after the last `####`, else
-             the last number there is; none where the item was cut off at the maximum length.
+             the last number there is, a fraction (3/4, \\frac{3}{4}, 1 3/4) whole; none where the item was cut off at the
+             maximum length, or where the number is part of something else (3:4, 2^5, \\sqrt{3}).
              other kinds: it writes a rare word of the last labelled turn, the first time the turn says it.
 
 A word is a run of at least three letters, whatever its case; in runs of Chinese or Japanese characters every pair of
@@ -19,6 +20,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +33,18 @@ RARE_SHARE = 20  # a word is rare in at most one of this many answers
 _WORD = re.compile(rf"[^\W\d_{CJK}]{{3,}}")
 _PAIR = re.compile(rf"(?=([{CJK}]{{2}}))")
 # No part of a word (H2O) or of a version (1.2.3); a minus only where no number stands before it.
-NUMBER = re.compile(r"(?<![A-Za-z0-9_])(?<!\d\.)-?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)")
+_START = r"(?<![A-Za-z0-9_])(?<!\d\.)"
+_DIGITS = r"(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"{_START}-?{_DIGITS}")
+_SOLIDUS = "[/\uff0f\u2044]"
+_VALUE = re.compile(  # a number, a/b or \frac{a}{b}, and what is whole before one of these
+    rf"{_START}(?P<sign>-?)(?:(?P<whole>\d+(?:,\d{{3}}(?!\d))*)(?: (?=\d+{_SOLIDUS}\d)| ?(?=\\[dt]?frac)))?"
+    rf"(?:\\[dt]?frac ?(?P<over>\{{ ?-?{_DIGITS} ?\}}|\d) ?(?P<under>\{{ ?{_DIGITS} ?\}}|\d)"
+    rf"|(?P<number>{_DIGITS})(?:(?:{_SOLIDUS}| {_SOLIDUS} )(?P<by>{_DIGITS}))?)"
+)
+# What makes a number part of something that is not read: a ratio, a time, a list, a power, a root, a term over another.
+_BEFORE = re.compile(rf"(?:{_SOLIDUS}|\d(?: [:/] |[:\uff1a,])|\^\{{?|\}} ?\{{|\\(?:[dt]?frac|sqrt|[dt]?binom) ?\{{?)$")
+_AFTER = re.compile(rf"[.,:\uff1a]?\d| : \d| ?{_SOLIDUS} ?[\d(\\]|\^|\}} ?\{{| ?\\(?:[dt]?frac|sqrt|pi)|[½⅓⅔¼¾]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +64,7 @@ def marks(items: Sequence[Completion], *, worked: bool) -> Marks:
     """
     if worked:
         ends = [None if item.cut else final_number(item.last) for item in items]
-        spans = [[end] if end else [] for end in ends]
+        spans = [[(end.start, end.end)] if end else [] for end in ends]
     else:
         spans = _rare_words([item.last for item in items], [item.prompt for item in items])
     numbers = [item.touching(_digits(item.text)) for item in items]
@@ -58,12 +72,33 @@ def marks(items: Sequence[Completion], *, worked: bool) -> Marks:
     return Marks(torch.from_numpy(np.concatenate(numbers)), torch.from_numpy(np.concatenate(keys)))
 
 
-def final_number(text: str) -> Span | None:
-    """Returns where the final number of an answer stands: the first after the last `####`, else the last; None without one."""
+class Number(NamedTuple):
+    """A number in a text: where it stands, and its value."""
+
+    start: int
+    end: int
+    value: Fraction
+
+
+def final_number(text: str) -> Number | None:
+    """Returns the final number of an answer: the first after the last `####`, else the last; None without one.
+
+    There is none either where it is part of something that is not read as a value; see the module.
+    """
     mark = text.rfind("####")
-    after = NUMBER.search(text, mark + 4) if mark >= 0 else None
-    found = after or next(reversed(list(NUMBER.finditer(text))), None)
-    return found.span() if found else None
+    after = _VALUE.search(text, mark + 4) if mark >= 0 else None
+    found = after or next(reversed(list(_VALUE.finditer(text))), None)
+    if found is None or _BEFORE.search(text[max(0, found.start() - 12) : found.start()]) or _AFTER.match(text, found.end()):
+        return None
+    value = _value(found)
+    return None if value is None else Number(*found.span(), value)
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    """Returns the value of a match of `_VALUE`; None of a fraction over zero."""
+    over, under = found["over"] or found["number"], found["under"] or found["by"] or "1"
+    whole, above, below = (Fraction(part.strip("{ }").replace(",", "")) for part in (found["whole"] or "0", over, under))
+    return None if below == 0 else (-1 if found["sign"] else 1) * (whole + above / below)
 
 
 def words(text: str) -> Iterator[tuple[str, Span]]:

@@ -19,7 +19,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ def meteor(texts: Sequence[str], references: Sequence[str]) -> dict[str, Tensor]
 def exact_number(texts: Sequence[str], references: Sequence[str], ended: Sequence[bool] | None = None) -> Tensor:
     """Returns whether each text's final number has the value of its reference's, float64 [items]; NaN without one there.
 
+    Fractions are numbers. What a number is only part of (3:4, 2^5) has no value: NaN in a reference, and no point in a text.
     The number of a text that was cut off is not its final one, and counts as wrong, unless `####` stands before it and more
     follows.
 
@@ -116,13 +117,13 @@ def _language(text: str) -> str:
     return "zh" if 2 * chinese > len(letters) else "13a"
 
 
-def _final_value(text: str, *, ended: bool = True) -> Decimal | None:
+def _final_value(text: str, *, ended: bool = True) -> Fraction | None:
     """Returns the value of a text's final number, however digits, commas and minus are written; None without one."""
     plain = _SIGN_BEFORE_CURRENCY.sub(r"\1-", text.translate(_PLAIN))
-    span = final_number(plain)
-    if span is None or not (ended or ("####" in plain[: span[0]] and span[1] < len(plain))):
+    number = final_number(plain)
+    if number is None or not (ended or ("####" in plain[: number.start] and plain[number.end :].strip(".,:/") != "")):
         return None
-    return Decimal(plain[slice(*span)].replace(",", ""))
+    return number.value
 
 
 @contextmanager
