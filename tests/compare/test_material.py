@@ -1,6 +1,7 @@
 """What a comparison reads: limits that depend on texts alone, built-in sets, tokens told apart."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def test_built_in_sets_have_the_sizes_asked_for(content: dict[str, Any]) -> None
 def test_what_cannot_be_read_is_named(content: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises((DataError, InvalidArgument), match=message):
         Material.read(parse_config(content | change, "x.yaml"))
+
+
+def test_items_that_were_cut_are_noted(content: dict[str, Any]) -> None:
+    whole = Material.read(parse_config(content, "x.yaml"))
+    assert not any("were cut" in note for note in whole.notes)
+    most = sorted(len(tokens.input_ids) for tokens in whole.tests[0].tokens)[4]
+    notes = Material.read(parse_config(content | {"max_length": most}, "x.yaml")).notes
+    [note] = [note for note in notes if "items of asked" in note]
+    assert re.match(rf"[23] of 8 items of asked are longer than {most} tokens and were cut at the end", note)
 
 
 def test_what_the_reader_says_of_files_is_noted(content: dict[str, Any]) -> None:

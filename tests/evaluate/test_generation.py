@@ -169,3 +169,21 @@ def test_an_answer_that_was_cut_off_has_no_number_to_reach(example: Any, tokeniz
     scores = text_scores(["exact_number"], items, written, worked=True)
     assert scores["exact_number"].tolist() == pytest.approx([1.0, float("nan")], nan_ok=True)
     assert scores["stopped"].tolist() == [1.0, 0.0]
+
+
+def test_a_text_is_held_to_no_answer_that_was_cut(example: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    answers = ["Take it twice.", "Take it with water in the morning and rest."]
+    test = TestSet.of("t", "target", [example(str(i), "?", a) for i, a in enumerate(answers)], tokenizer, max_length=50)
+    items = [Completion.of(tokens, tokenizer) for tokens in test.tokens]
+    assert [item.cut for item in items] == [False, True]
+    written = [Generated(answer, 9, True) for answer in answers]
+    scores = text_scores(["bleu", "meteor", "rouge1", "rouge2", "rougeL"], items, written, worked=False)
+    for name in ("bleu", "meteor_nosyn", "rouge1", "rouge2", "rougeL"):
+        assert scores[name].isnan().tolist() == [False, True]
+    assert scores["rougeL"][0] == 1.0
+    assert scores["stopped"].tolist() == [1.0, 1.0]
+    alone = text_scores(["bleu", "meteor", "rougeL"], items[1:], written[1:], worked=False)
+    assert all(scores.isnan().all() for name, scores in alone.items() if name != "stopped")

@@ -137,6 +137,11 @@ class Material:
                 )
             if test.excluded:
                 notes.append(f"{len(test.excluded)} items of {test.name} cannot be used; the first: {test.excluded[0].reason}")
+            if cut := sum(tokens.truncated for tokens in test.tokens):
+                notes.append(
+                    f"{cut} of {len(test.tokens)} items of {test.name} are longer than {config.max_length} tokens and were cut "
+                    "at the end, and no generated text is held to an answer that was cut; raise max_length to keep them whole"
+                )
         _check_metrics(config, sets)
         return cls(config, source, device, resolve_dtype(config.dtype, device), template, sets, tasks, notes, sides)
 

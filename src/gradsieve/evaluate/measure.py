@@ -14,7 +14,8 @@
     exact_number      0 or 1                   the generated text's final number is the answer's, sets of kind worked
     stopped           0 or 1                   the generated text came to its end within max_new_tokens
 
-A value that an item cannot have (no key token, no digit) is NaN.
+A value that an item cannot have (no key token, no digit) is NaN; so is what a generated text would be held to where the item's
+own answer was cut off at the maximum length.
 """
 
 from __future__ import annotations
@@ -169,22 +170,29 @@ def text_scores(
 ) -> dict[str, Tensor]:
     """Returns the scores of generated texts that are wanted, as far as such items have them, by name.
 
+    An answer that was cut off is nothing to hold a text to: its scores are NaN, but for `stopped`.
+
     Args:
         wanted: Names out of `TEXTS`.
         items: The right answers.
         written: The generated ones.
         worked: Whether they are worked answers, held to their final number alone.
     """
-    texts, references = [one.text for one in written], [item.last for item in items]
     found = {"stopped": torch.tensor([float(one.stopped) for one in written], dtype=torch.float64)}
+    whole = torch.tensor([not item.cut for item in items])
+    pairs = [(item, one) for item, one in zip(items, written, strict=True) if not item.cut]
+    texts, references = [one.text for _, one in pairs], [item.last for item, _ in pairs]
+    scores: dict[str, Tensor] = {}
     if worked:
-        ended = [one.stopped for one in written]
-        return found | {"exact_number": exact_number(texts, ["" if item.cut else item.last for item in items], ended)}
-    if "bleu" in wanted:
-        found["bleu"] = bleu(texts, references)
-    if "meteor" in wanted:
-        found |= meteor(texts, references)
-    return found | rouge(texts, references) if {"rouge1", "rouge2", "rougeL"} & {*wanted} else found
+        scores["exact_number"] = exact_number(texts, references, [one.stopped for _, one in pairs])
+    elif "bleu" in wanted:
+        scores["bleu"] = bleu(texts, references)
+    if not worked and "meteor" in wanted:
+        scores |= meteor(texts, references)
+    if not worked and {"rouge1", "rouge2", "rougeL"} & {*wanted}:
+        scores |= rouge(texts, references)
+    nothing = torch.full((len(items),), float("nan"), dtype=torch.float64)
+    return found | {name: nothing.masked_scatter(whole, score) for name, score in scores.items()}
 
 
 def _options(test: TestSet) -> list[Tokens]:
