@@ -26,8 +26,17 @@ def test_the_kind_is_told_by_the_content(questions: Any, facts: Any, item: Any, 
     assert kind(questions + facts) == "worked"
     assert kind(questions[1:] + facts) == "text"
     assert kind([item("a", 0), item("b", 2)]) == "choice"
-    assert kind([item("a", 0), *facts]) == "text"
     assert TestSet.of("t", "target", questions, tokenizer, kind="text").kind == "text"
+
+
+def test_a_row_without_options_among_those_that_have_them_is_named(facts: Any, item: Any, example: Any, tokenizer: Any) -> None:
+    half = example("half", "Which?", "red", choices=["red", "blue"])
+    for rows, name in (([item("a", 0), *facts], "0"), ([item("a", 0), half, item("b", 1)], "half")):
+        with pytest.raises(
+            DataError, match=rf'^test.jsonl:{name}: must have "choices" and "answer" as other rows of test set t'
+        ):
+            TestSet.of("t", "target", rows, tokenizer)
+    assert TestSet.of("t", "target", [item("a", 0), *facts], tokenizer, kind="text").kind == "text"
 
 
 def test_options_are_the_prompt_with_each_choice(item: Any, tokenizer: Any) -> None:

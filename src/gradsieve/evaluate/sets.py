@@ -72,7 +72,7 @@ class TestSet:
         for example, tokens in zip(self.examples, self.tokens, strict=True):
             if not (tokens.labels[1:] != IGNORE).any():
                 raise InvalidArgument(f"test set {self.name}: {example.id} must have completion tokens, got none; leave it out")
-        kind = self.kind or _kind(self.examples)
+        kind = self.kind or _kind(self.name, self.examples)
         if kind not in get_args(Kind):
             raise InvalidArgument(f"kind of test set {self.name} must be one of {', '.join(get_args(Kind))}, got {kind!r}")
         if len(self.options) != (len(self.examples) if kind == "choice" else 0):
@@ -106,14 +106,14 @@ class TestSet:
             chat_template: Jinja text that replaces the tokenizer's own template.
 
         Raises:
-            DataError: No example can be used, or an item's options cannot be told.
+            DataError: No example can be used, an item's options cannot be told, or some rows have options and some have not.
         """
         tokenized = tokenize(examples, tokenizer, max_length=max_length, chat_template=chat_template)
         if not tokenized.tokens:
             reason = tokenized.excluded[0].reason if tokenized.excluded else "there are no examples"
             raise DataError(f"test set {name}: must hold at least one item that can be used, got none ({reason})")
         kept = [examples[i] for i in tokenized.kept]
-        kind = kind or _kind(kept)
+        kind = kind or _kind(name, kept)
         options: Sequence[Options] = ()
         if kind == "choice":
             items = [_Item.of(example) for example in kept]
@@ -178,9 +178,20 @@ def answer_text(example: Example) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _kind(examples: Sequence[Example]) -> Kind:
-    if all(b'"choices"' in example.raw and {"choices", "answer"} <= row_fields(example).keys() for example in examples):
+def _kind(name: str, examples: Sequence[Example]) -> Kind:
+    """Returns the kind that the content of a set tells.
+
+    Raises:
+        DataError: Some rows have options and some have not.
+    """
+    asking = [b'"choices"' in example.raw and {"choices", "answer"} <= row_fields(example).keys() for example in examples]
+    if all(asking):
         return "choice"
+    if any(asking):
+        raise DataError(
+            f'{examples[asking.index(False)].origin}: must have "choices" and "answer" as other rows of test set {name} do, got '
+            "not both; add them, or make the rows without them a test of their own"
+        )
     return "worked" if mostly_worked(examples) else "text"
 
 
