@@ -100,6 +100,10 @@ def test_tokens_that_the_base_rules_out_add_nothing() -> None:
     model = torch.tensor([[0.25, 0.75, 0.0]]).log()
     by_hand = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
     assert _divergence(base, model).item() == pytest.approx(by_hand, rel=1e-6)
+    assert _divergence(base, torch.tensor([[0.0, 1.0, 0.0]]).log()).item() == math.inf, (
+        "of what the base may say, a thing ruled out"
+    )
+    assert _divergence(torch.cat([base, base * math.nan]), torch.cat([model, model])).isnan().tolist() == [False, True]
 
 
 def test_a_soft_cap_and_a_factor_of_the_head_count(rows: list[Tokens]) -> None:

@@ -6,7 +6,7 @@ All values are flat over the completion tokens, example by example in the order 
     row    int64 [N]     which example
     nll    float64 [N]   -log p(token | tokens before it), nats
     right  bool [N]      whether the token is the most likely one (equal logits: the smaller id counts)
-    kl     float64 [N]   Σ_v p_base(v) log(p_base(v) / p_model(v)), nats; at least 0
+    kl     float64 [N]   Σ_v p_base(v) log(p_base(v) / p_model(v)), nats; below 0 by no more than rounding in float32
 
 Logits exist at completion positions only, some at a time (gradsieve.evaluate.network).
 """
@@ -99,8 +99,7 @@ def _collected(
 
 def _divergence(base: Tensor, log_p: Tensor) -> Tensor:
     """Returns KL(base || model) [N] of log-probabilities [N, V]; tokens that the base rules out add nothing."""
-    terms = base.exp().mul_(base - log_p)
-    return terms.nan_to_num_(nan=0.0).sum(1) if base.isneginf().any() else terms.sum(1)
+    return base.exp().mul_(base - log_p).masked_fill_(base.isneginf(), 0.0).sum(1)
 
 
 def _check_finite(nll: Tensor, divergence: Tensor) -> None:
