@@ -1,5 +1,6 @@
 """Which tests and metrics a difference is taken over, and what is said of those that have no value."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,28 @@ def test_a_cell_that_lacks_a_metric_of_base_is_named(write: Write) -> None:
 
     message = "random--10pct--0--equal_steps: must have meteor_nosyn on law, as base has, got loss, meteor; remove the folder"
     with pytest.raises(DataError, match=message):
+        said(write(values), {"law": "target", "math": "general"})
+
+
+def test_items_without_a_value_are_left_out_where_no_cell_has_one(write: Write) -> None:
+    def values(cell: Cell) -> Measured:
+        law = level(cell, 6)
+        law[[1, 4]] = math.nan
+        return {"law": {"acc": law, "f1": np.full(6, math.nan)}, "math": {"loss": level(cell, 5)}}
+
+    summary = said(write(values), {"law": "target", "math": "general"})
+    [effect] = (effect for effect in summary.effects if (effect.arm, effect.test) == ("good", "law"))
+    assert (effect.metric, effect.against["base"] and effect.against["base"].items) == ("acc", 4)
+    assert "left out, since no item has a value: f1 of law" in summary.notes
+
+
+def test_an_item_that_only_one_cell_has_a_value_of_is_named(write: Write) -> None:
+    def values(cell: Cell) -> Measured:
+        law = level(cell, 6)
+        law[4] = math.nan if cell.arm == "good" else law[4]
+        return {"law": {"acc": law}, "math": {"loss": level(cell, 5)}}
+
+    with pytest.raises(DataError, match=r"good.*: its values of acc on law must .* got NaN of one of the two for law4; leave"):
         said(write(values), {"law": "target", "math": "general"})
 
 

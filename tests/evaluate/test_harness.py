@@ -106,6 +106,23 @@ def test_perplexity_of_a_document_is_called_what_it_is_and_every_metric_has_its_
     assert found.higher_is_better == {"loglikelihood": True, "acc": False}
 
 
+def test_a_document_without_a_number_keeps_its_place(folder: Path, tiny: Any, tokenizer: Any) -> None:
+    (folder / "utils.py").write_text(
+        "def score(doc, results):\n"
+        "    number = int(doc['question'][8])\n"
+        "    return {'some': number if number % 2 else float('nan'), 'none': float('nan'), 'word': 'x' if number else 1.0}\n"
+    )
+    path = folder / "words.yaml"
+    metrics = "".join(f"  - {{metric: {name}, aggregation: bypass}}\n" for name in ("some", "none", "word"))
+    text = path.read_text().partition("metric_list")[0]
+    path.write_text(f"{text}process_results: !function utils.score\nmetric_list:\n{metrics}")
+    found = harness(tiny(), tokenizer, ["words"], include_path=folder, limit=4)["words"].items
+    nan = float("nan")
+    assert {*found} == {"some", "none"}
+    assert found["some"].tolist() == pytest.approx([nan, 1.0, nan, 3.0], nan_ok=True)
+    assert found["none"].isnan().all()
+
+
 def test_the_documents_of_a_task_are_prompts_and_right_answers(folder: Path) -> None:
     asked = [f"What is {i}? Answer:" for i in range(6)]
     assert task_documents("colours", include_path=folder) == list(zip(asked, OPTIONS * 2, strict=True))

@@ -89,8 +89,14 @@ class Paired:
                     "folder of the one that was measured otherwise and run again"
                 )
             row = there[metric]
-            if list(measured.items[test]) != list(self.base.items[test]) or (np.isnan(row) == known).any():
+            if list(measured.items[test]) != list(self.base.items[test]):
                 raise DataError(f"{cell.name}: its values of {metric} on {test} must be of the items of base, got others")
+            if (np.isnan(row) == known).any():
+                item = measured.items[test][int((np.isnan(row) == known).argmax())]
+                raise DataError(
+                    f"{cell.name}: its values of {metric} on {test} must be of the items of base, got NaN of one of the two for "
+                    f"{item}; leave that item out of {test}, or {test} out of the comparison, and run again in another folder"
+                )
             rows.append(row[known])
         return np.stack(rows)
 

@@ -36,8 +36,9 @@ class TaskResult:
 
     Attributes:
         scores: lm-eval's own aggregates by `metric,filter`. Errors are left to intervals over `items`.
-        items: Per metric its value for each document, float64 [documents] in the order of the documents' numbers; only
-            metrics that are one number per document, none for a group; by `metric,filter` where there are several filters.
+        items: Per metric its value for each document, float64 [documents] in the order of the documents' numbers, NaN where
+            the task gives NaN; only metrics that are one number per document, none for a group; by `metric,filter` where
+            there are several filters.
             What lm-eval calls `perplexity` of a document is its log-likelihood, and is called `loglikelihood` here.
         version: The task's version.
         fewshot: How many solved examples stood in each prompt.
@@ -284,7 +285,7 @@ def _items(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {
         metric: torch.tensor([float(value) for value in values], dtype=torch.float64)  # type: ignore[arg-type]
         for metric, values in columns.items()
-        if all(_is_number(value) for value in values)
+        if all(isinstance(value, int | float) for value in values)
     }
 
 
