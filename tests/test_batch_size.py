@@ -53,16 +53,37 @@ def test_sizes_double_from_the_smallest_and_end_with_the_examples_or_the_unit(ti
         assert set(try_sizes(engine, tokens[:2], 100_000, "cpu")) == {256}  # too few for even that: tried as they are
 
 
-def test_a_size_that_does_not_fit_in_memory_is_the_end(tiny_model: Path, write_data: Write) -> None:
-    model, tokens = pool_tokens(tiny_model, write_data, 60)
+def run_out(model: Any, most: int) -> None:
+    """Lets a model ask for more memory than there is where a batch has more tokens."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].shape[0] * args[0].shape[1] > 256:
+        if args[0].shape[0] * args[0].shape[1] > most:
             torch.empty(1 << 60)
 
     model.model.layers[1].mlp.register_forward_pre_hook(hook)
+
+
+def test_a_size_that_does_not_fit_in_memory_is_the_end(tiny_model: Path, write_data: Write) -> None:
+    model, tokens = pool_tokens(tiny_model, write_data, 60)
+    run_out(model, 256)
     with GradientEngine(model) as engine:
         assert set(try_sizes(engine, tokens, 100_000, "cpu")) == {256}
+
+
+def test_a_first_size_that_does_not_fit_is_halved_down_to_single_examples(tiny_model: Path, write_data: Write) -> None:
+    model, tokens = pool_tokens(tiny_model, write_data, 60)
+    longest = len(tokens[0].input_ids)
+    assert 64 < longest < 128
+    run_out(model, 130)
+    with GradientEngine(model) as engine:
+        assert set(try_sizes(engine, tokens, 100_000, "cpu")) == {128}
+    run_out(model, longest)
+    with GradientEngine(model) as engine:
+        assert max(try_sizes(engine, tokens, 100_000, "cpu")) <= 128
+    run_out(model, longest - 1)
+    message = f"one example of {longest} tokens must fit in memory beside the model, got: .*; lower --max-length"
+    with GradientEngine(model) as engine, pytest.raises(gs.MemoryLimit, match=message):
+        try_sizes(engine, tokens, 100_000, "cpu")
 
 
 def test_auto_is_resolved_recorded_and_changes_no_score(write_data: Write, tiny_model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from gradsieve.compute import token_batches
 from gradsieve.data import Tokens
 from gradsieve.gradients.engine import GradientEngine
-from gradsieve.gradients.fitting import ran_out_of_memory, release
+from gradsieve.gradients.fitting import ran_out_of_memory, release, too_large
 from gradsieve.gradients.settings import Batch
 
 SMALLEST = 256  # tokens
@@ -26,25 +26,36 @@ def try_sizes(engine: GradientEngine, tokens: Sequence[Tokens], most: int, devic
     """Returns the tokens per second of every batch size that was tried, in tokens.
 
     It ends with a size that is hardly faster than the one before, that would be larger than `most` or the examples at hand,
-    or that does not fit in memory: such a size is not among them.
+    or that does not fit in memory: such a size is not among them. Where the first does not fit, it is halved until one does.
 
     Args:
         engine: The engine, open.
         tokens: Examples, longest first; a trial takes those at the front, which need the most memory, and those in the middle.
         most: The largest size worth a try: a unit's tokens, which batches never cross.
         device: Where.
+
+    Raises:
+        MemoryLimit: A single example does not fit.
     """
     rates: dict[int, float] = {}
-    middle = tokens[len(tokens) // 2 :]
+    middle, longest = tokens[len(tokens) // 2 :], len(tokens[0].input_ids)
     size, most = SMALLEST, min(most, sum(len(t.input_ids) for t in middle))
     while not rates or (size <= most and not is_flat(rates)):
         try:
             rates[size] = _rate(engine, [next(token_batches(part, size, device)) for part in (tokens, middle)], device)
         except (RuntimeError, MemoryError) as error:
-            if not rates or not ran_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
-            break
-        size *= 2
+            if rates:
+                break
+            if size <= longest:
+                raise too_large(longest, error) from None
+            most = size - 1
+        if rates:
+            size *= 2
+        else:
+            release(torch.device(device))
+            size //= 2
     release(torch.device(device))
     return rates
 
