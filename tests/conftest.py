@@ -14,7 +14,7 @@ CHATML = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default=None, help="where test_devices.py computes: cuda, mps, cpu; an accelerator by default")
+    parser.addoption("--device", default=None, help="where test_devices.py computes: cuda, cpu; an accelerator by default")
 
 
 def tiny_tokenizer() -> Any:

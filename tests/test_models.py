@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradsieve.errors import ModelError
+from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients.adam import SAFE
-from gradsieve.models import find_model, hash_weights, resolve_dtype, weight_count
+from gradsieve.models import find_model, hash_weights, resolve_device, resolve_dtype, weight_count
 
 
 def test_moments_beside_the_weights_are_none_of_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -44,6 +45,38 @@ def test_the_last_token_and_the_last_place_are_there(tiny_model: Path, tmp_path:
     learned.require_places(0, 16)
     with pytest.raises(ModelError, match="got 17 in an example and 16 places; lower --max-length to 16"):
         learned.require_places(0, 17)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name
+def test_a_model_object_is_given_back_as_it_was_without_the_adapters_of_a_warm_up(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    live = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).train()
+    norm = live.model.norm
+    norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 1.0001, dtype=torch.float32))
+    live.lm_head.weight.requires_grad_(False)
+    norm.eval()
+    before = [(name, p.dtype, p.requires_grad) for name, p in live.named_parameters()]
+    source = replace(find_model(live, find_model(tiny_model).tokenizer), adapters=tmp_path)
+    with source.opened(torch.bfloat16, "cpu") as adapted:
+        assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.bfloat16}
+        assert not any(module.training for module in adapted.modules())
+    assert [(name, p.dtype, p.requires_grad) for name, p in live.named_parameters()] == before
+    assert torch.equal(norm.weight, torch.full_like(norm.weight, 1.0001))
+    assert [module for module in live.modules() if not module.training] == [norm]
+    assert not hasattr(live, "peft_config")
+
+
+def test_sums_in_float64_need_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    for device in ("mps", "mps:0"):
+        with pytest.raises(InvalidArgument, match=f"device must compute in float64, got '{device}', which cannot; use cpu"):
+            resolve_device(device)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"base_model_name_or_path": null}'])

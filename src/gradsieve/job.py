@@ -45,7 +45,7 @@ class Job:
         dim: Sketch size, numbers per example.
         reduction: Loss of an example: mean or sum over its completion tokens.
         dtype: Compute type; auto is bfloat16 where the hardware has it, else float32.
-        device: auto, cpu, cuda, cuda:N, mps.
+        device: auto, cpu, cuda, cuda:N.
         batch_tokens: Tokens in one batch, or auto to find a good number by trying; what does not fit in memory is split.
         checkpointing: Make activations again in the backward pass in place of keeping them: less memory, a third more time.
         reference_memory: MiB that full gradients of the references may take; above it, products with them are estimated

@@ -46,7 +46,7 @@ class ModelSource:
 
     @contextmanager
     def opened(self, dtype: torch.dtype, device: str) -> Iterator[torch.nn.Module]:
-        """Gives the model, with its adapters if it has any, and takes these off a model object again."""
+        """Gives the model, with its adapters if it has any; takes these off again, and leaves a model object as it was."""
         model = self.load(dtype, device)
         if self.adapters is None:
             yield model
@@ -57,14 +57,23 @@ class ModelSource:
             raise ModelError(
                 f"{self.adapters} must hold the adapters of a warm-up, got none; remove the folder above it, run again"
             )
+        modes = [(module, module.training) for module in model.modules()]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with known_renames():
-            adapted = PeftModel.from_pretrained(model, str(self.adapters), autocast_adapter_dtype=False).to(dtype).eval()
+            adapted = PeftModel.from_pretrained(model, str(self.adapters), autocast_adapter_dtype=False).eval()
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
         try:
             yield adapted
         finally:
             adapted.unload()
             if hasattr(model, "peft_config"):
                 del model.peft_config
+            for module, training in modes:
+                module.training = training
+            for parameter, requires in trained:
+                parameter.requires_grad_(requires)
 
     def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """Returns the model, in eval mode.
@@ -216,16 +225,20 @@ def dtype_name(dtype: torch.dtype) -> DType:
 
 
 def resolve_device(device: str) -> str:
-    """Returns the device; `auto` is CUDA, then MPS, then the CPU."""
+    """Returns the device; `auto` is CUDA, then the CPU: sums are taken in float64, which MPS has not.
+
+    Raises:
+        InvalidArgument: There is no such device here, or it is one of MPS.
+    """
+    if device.partition(":")[0] == "mps":
+        raise InvalidArgument(f"device must compute in float64, got {device!r}, which cannot; use cpu")
     if device != "auto":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InvalidArgument(f"device must be usable here, got {device!r} ({_first_line(error)}); try cpu") from None
         return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

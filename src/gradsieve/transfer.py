@@ -55,7 +55,7 @@ class Transfer:
         max_length: Tokens per example; the rest is cut off at the end.
         params: Parameters the gradient is taken over, as in `select`.
         dtype: Compute type; auto is bfloat16 where the hardware has it, else float32.
-        device: auto, cpu, cuda, cuda:N, mps.
+        device: auto, cpu, cuda, cuda:N.
         batch_tokens: Tokens in one batch; lower it if memory runs out.
         seed: Of the draw and the bootstrap.
     """

@@ -13,7 +13,7 @@ from torch import nn
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients import experts
 from gradsieve.gradients.engine import GradientEngine
-from gradsieve.gradients.settings import EngineSettings
+from gradsieve.gradients.settings import Batch, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 
 V = 97
@@ -158,6 +158,46 @@ def test_a_model_without_blocks_cannot_be_checkpointed(twin: Any) -> None:
     model.model.layers = nn.ModuleList()
     with pytest.raises(InvalidArgument, match="checkpointing must be off for a model without decoder blocks"):
         GradientEngine(model, EngineSettings("embedding"), checkpointing=True)
+
+
+def test_experts_that_are_called_twice_are_refused(twin: Any) -> None:
+    model = build("mixtral")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj must belong to experts that the model calls once, got 2 c"):
+        GradientEngine(model, EngineSettings("re:experts", signals=False)).__enter__()
+    twin.compare(model, "re:attn", [n for n, _ in model.named_parameters() if "attn" in n], twin.rows(LENGTHS), 1e-5)
+
+
+def test_layers_that_give_more_than_a_tensor_or_keep_a_state_are_refused_by_name() -> None:
+    class Pair(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), None
+
+    class Stateful(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = getattr(self, "seen", x).view_as(x)
+            return self.scale * x
+
+    for layer, message in (
+        (
+            Pair(32, 32, bias=False),
+            r"mlp\.extra\.weight must belong to a layer that gives one tensor, got Pair; name the",
+        ),
+        (Stateful(), r"mlp\.extra\.scale must belong to a layer gradsieve has a rule for, got Stateful, which mixes examples"),
+    ):
+        model = build("mistral")
+        mlp = model.model.layers[0].mlp
+        mlp.extra = layer.double()
+        mlp.register_forward_pre_hook(lambda mlp, args: (mlp.extra(args[0]), None)[1])
+        with (
+            pytest.raises(ModelError, match=message),
+            GradientEngine(model, EngineSettings("re:extra", signals=False)) as engine,
+        ):
+            engine.block(Batch(torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)))
 
 
 def test_a_block_shared_by_two_depths_is_checkpointed_twice(twin: Any) -> None:

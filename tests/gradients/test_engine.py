@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from gradsieve.gradients import head as head_file
 from gradsieve.gradients.directions import References
 from gradsieve.gradients.engine import GradientEngine
-from gradsieve.gradients.layers import choose_way
+from gradsieve.gradients.layers import Way, choose_way
 from gradsieve.gradients.settings import Block, EngineSettings
 from gradsieve.gradients.sketch import SketchPlan
 
@@ -89,14 +89,38 @@ def test_a_row_does_not_depend_on_its_batch_order_or_padding(
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7, 20])
-@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-head-bias"])
 def test_examples_longer_than_a_run_of_logits_are_exact(
     twin: Any, family: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_file, "LOGIT_FLOATS", positions * twin.vocabulary)
     monkeypatch.setattr(head_file, "TILE_FLOATS", 100)  # a few tokens of the vocabulary at a time
-    model = twin.model(family)
+    model = twin.model(family.removesuffix("-head-bias"))
+    if family.endswith("bias"):
+        model.lm_head.bias = nn.Parameter(torch.randn(twin.vocabulary))
     twin.compare(model, "all", twin.names(model, "all"), twin.rows(LENGTHS), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name
+def test_references_are_kept_in_the_heads_type_and_serve_layers_of_another(twin: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(twin.model("llama").to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear"))
+    rows = twin.rows((3, 5))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32
+            torch.nn.init.normal_(parameter)
+    with GradientEngine(model, EngineSettings(signals=False)) as engine:
+        mean = engine.mean_gradient([twin.pad(rows)])
+    references = References.stack({"mean": mean})
+    found = []
+    for way in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gradsieve.gradients.layers.choose_way", lambda *_, way=way, **__: Way(way, False))
+            with GradientEngine(model, EngineSettings(signals=False), references) as engine:
+                found.append(engine.block(twin.pad(rows)).columns["dot/mean"])
+    assert torch.allclose(*found, rtol=0.02)
 
 
 def test_products_are_made_in_pieces_where_a_layer_is_large(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,34 @@ def test_auto_is_the_linear_layers_of_a_plain_model(twin: Any) -> None:
     assert unwrap(model) is model
 
 
+def test_a_parameter_that_two_modules_hold_is_refused(twin: Any) -> None:
+    model = twin.model("llama")
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    message = r"layers\.0\.mlp\.down_proj\.weight must be held by one module, got model\.layers\.1\.mlp\.down_proj\.w"
+    for spec in ("linear", "re:layers.0.mlp"):
+        with pytest.raises(ModelError, match=message):
+            choose_parameters(model, spec)
+    assert choose_parameters(model, "re:attn")
+
+
+def test_terms_mean_the_part_that_reads_text_of_a_model_that_also_sees() -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"vocab_size": 50, "num_key_value_heads": 1, "head_dim": 8}
+    seeing = Gemma3Config(text_config=text, vision_config=small | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14})
+    model = AutoModelForCausalLM.from_config(seeing)
+    assert any("vision_tower" in name for name, _ in model.named_parameters())
+    linear = [site.name for site in choose_parameters(model, "auto")]
+    assert len(linear) == 14
+    assert all(name.startswith("model.language_model.layers.") for name in linear)
+    assert [site.name for site in choose_parameters(model, "last:1")] == linear[7:]
+    assert [site.kind for site in choose_parameters(model, "embedding,lm-head")] == ["embedding", "head"]
+    assert "model.vision_tower.head.mlp.fc1.weight" in [site.name for site in choose_parameters(model, "re:vision_tower.*fc1")]
+    with pytest.raises(InvalidArgument, match="N at most 2"):
+        choose_parameters(model, "last:3")
+
+
 def test_a_custom_matrix_among_the_linear_layers_is_an_error_and_not_skipped(twin: Any) -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:

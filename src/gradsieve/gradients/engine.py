@@ -27,7 +27,7 @@ from gradsieve.gradients.adapters import Adapter
 from gradsieve.gradients.directions import MeanGradient, References
 from gradsieve.gradients.forward import pooled, require_same_logits
 from gradsieve.gradients.head import Head, Supervised
-from gradsieve.gradients.parameters import Site, choose_parameters, is_fused, unwrap
+from gradsieve.gradients.parameters import CURE, Site, choose_parameters, is_fused, unwrap
 from gradsieve.gradients.readings import Call, Routing
 from gradsieve.gradients.settings import Batch, Block, EngineSettings
 from gradsieve.gradients.tools import Tools
@@ -178,17 +178,22 @@ class GradientEngine:
             finally:
                 self._pass = None
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
-        self._refuse_uncalled(trial)
+        self._refuse_calls(trial)
         self._tools.repeated = frozenset(module for module, count in trial.counts.items() if count > 1)
         require_same_logits(self.model, ours, theirs)
 
-    def _refuse_uncalled(self, trial: _Trial) -> None:
-        """Refuses sites whose module was not called: the model uses their weights in a way that hooks do not see."""
+    def _refuse_calls(self, trial: _Trial) -> None:
+        """Refuses sites whose module was not called, so that hooks see nothing of them, and experts that were called twice."""
         for site in self._watched_sites():
+            if site.kind.startswith("expert") and trial.counts.get(site.owner, 0) > 1:
+                raise ModelError(
+                    f"parameter {site.name} must belong to experts that the model calls once, got {trial.counts[site.owner]} "
+                    f"calls of one {type(site.owner).__name__}; {CURE}"
+                )
             if site.owner is not self.head.module and site.owner not in trial.counts and ".experts." not in site.name:
                 raise ModelError(
                     f"parameter {site.name} must belong to a layer that the model calls, got {type(site.owner).__name__}, "
-                    "which it does not; leave it out with --params re:PATTERN or --params linear"
+                    f"which it does not; {CURE}"
                 )
 
     def _watched_sites(self) -> list[Site]:
@@ -257,7 +262,10 @@ class GradientEngine:
         return state.saw(module, sites, tensor, **more)
 
     def _linear_hook(self, sites: list[Site]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                kind = type(module).__name__
+                raise ModelError(f"parameter {sites[0].name} must belong to a layer that gives one tensor, got {kind}; {CURE}")
             return self._watched(output, self._seen(module, sites, args[0]))
 
         return hook
@@ -280,12 +288,14 @@ class GradientEngine:
         trial, self._pass = self._pass, None  # what is run here does not count
         try:
             separable = modules.is_separable(module, args, kwargs, output, len(TRIAL))
+        except RuntimeError:  # it cannot be run for one example, such as a layer that keeps a state between calls
+            separable = False
         finally:
             self._pass = trial
         if not separable:
             raise ModelError(
                 f"parameter {sites[0].name} must belong to a layer gradsieve has a rule for, got {type(module).__name__}, "
-                "which mixes examples; leave it out with --params re:PATTERN or --params linear"
+                f"which mixes examples; {CURE}"
             )
 
     def _adapter_forward(self, adapter: Adapter, sites: list[Site]) -> Callable[..., Any]:

@@ -154,7 +154,7 @@ def dots(G: Tensor, references: Tensor) -> Tensor:
 
 def dots_around(a: Tensor, b: Tensor, references: Tensor) -> Tensor:
     """Returns <G_z, R> = Σ_t b_tᵀ R a_t for every reference [r, d_out, d_in] without forming G; float64 [B, r]."""
-    return torch.stack([(torch.matmul(a, R.T).mul_(b)).sum(2).sum(1, dtype=torch.float64) for R in references], 1)
+    return torch.stack([(torch.matmul(a, R.T.to(a.dtype)).mul_(b)).sum(2).sum(1, dtype=torch.float64) for R in references], 1)
 
 
 def sketch_of(G: Tensor, left: Tensor, right: Tensor) -> Tensor:

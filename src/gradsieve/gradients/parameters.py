@@ -12,6 +12,8 @@ A specification is a comma-separated list of terms:
     last:N      `linear`, in the last N decoder blocks only; the backward pass stops there
     re:PATTERN  parameters whose full name matches the regular expression (re.search)
     auto        `lora` for a PEFT model, else `linear`; refused where PEFT trains anything beside LoRA matrices
+
+Of a model that sees or hears too, all but re:PATTERN mean the part that reads text.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from gradsieve.errors import InvalidArgument, ModelError
 
+CURE = "name the layers to take, such as --params re:'attn|mlp'"
 LARGEST_MODULE = 1 << 20  # a module run again needs its gradient per example in memory
 Kind = Literal["matrix", "transposed", "bias", "embedding", "head", "module", "expert", "expert_transposed", "expert_bias"]
 
@@ -109,20 +112,49 @@ def choose_parameters(model: nn.Module, spec: str) -> list[Site]:
         _require_lora_alone(model)
         spec = "lora" if is_adapted(model) else "linear"
     sites = _sites(model)
+    of_text = _of_text(model, sites)
     chosen: dict[str, Site | str] = {}
     for term in (part.strip() for part in spec.split(",")):
-        matches = _term(term, sites, model)
-        found = {name: site for name, site in sites.items() if matches(name, site)}
+        meant = sites if term.startswith("re:") else of_text
+        matches = _term(term, meant, model)
+        found = {name: site for name, site in meant.items() if matches(name, site)}
         if not found:
-            raise InvalidArgument(f"params must match a parameter, got {term!r}, which matches none of {len(sites)}")
+            raise InvalidArgument(f"params must match a parameter, got {term!r}, which matches none of {len(meant)}")
         chosen |= found
     for name, site in chosen.items():
         if isinstance(site, str):
-            raise ModelError(
-                f"parameter {name} must belong to a layer gradsieve has a rule for, got {site}; "
-                "leave it out with --params re:PATTERN or --params linear"
-            )
-    return [site for name, site in sites.items() if name in chosen and isinstance(site, Site)]
+            raise ModelError(f"parameter {name} must belong to a layer gradsieve has a rule for, got {site}; {CURE}")
+    found_sites = [site for name, site in sites.items() if name in chosen and isinstance(site, Site)]
+    _refuse_shared(found_sites, sites)
+    return found_sites
+
+
+def _of_text(model: nn.Module, sites: dict[str, Site | str]) -> dict[str, Site | str]:
+    """Returns the sites of the decoder of text, its embedding and its head; all where there is nothing beside it."""
+    config: Any = model.config
+    if config.get_text_config(decoder=True) is config:
+        return sites
+    decoder = model.get_decoder()  # type: ignore[operator]
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is decoder)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    ends = {id(module) for module in (model.get_input_embeddings(), head)}  # type: ignore[operator]
+    return {
+        name: site
+        for name, site in sites.items()
+        if name.startswith(prefix) or (isinstance(site, Site) and id(site.owner) in ends)
+    }
+
+
+def _refuse_shared(chosen: list[Site], sites: dict[str, Site | str]) -> None:
+    """Refuses a parameter that two modules hold, whose gradient is the sum of both; tied ends of a model are one anyway."""
+    holders: dict[int, list[Site]] = {}
+    for site in sites.values():
+        if isinstance(site, Site) and site.kind not in ("head", "embedding"):
+            holders.setdefault(id(site.parameter), []).append(site)
+    for site in chosen:
+        others = [other.name for other in holders.get(id(site.parameter), []) if other is not site]
+        if others:
+            raise ModelError(f"parameter {site.name} must be held by one module, got {others[0]} that is the same; {CURE}")
 
 
 def _require_lora_alone(model: nn.Module) -> None:

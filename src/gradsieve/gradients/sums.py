@@ -299,9 +299,12 @@ class Sums:
         weight = tools.chosen("lm_head")
         bias = next((site for site in tools.sites if site.owner is tools.head.module and site.kind == "bias"), None)
 
+        errors_of_runs: list[Tensor] = []  # [B, V], one: the runs' sum
+
         def on_run(first: int, last: int, error: Tensor, h: Tensor) -> None:
             if bias is not None:
-                self.add_whole(bias, self._per_example(supervised, first, last, error))
+                own = self._per_example(supervised, first, last, error).to(tools.dtype)
+                errors_of_runs[:] = [own + before for before in errors_of_runs] or [own]
             if weight is not None:
                 self._add_head_run(weight, supervised, first, last, error, h)
 
@@ -314,6 +317,8 @@ class Sums:
             on_run if weight is not None or bias is not None else None,
             on_example if "lm_head" in self.groups or (weight is not None and self.norm) else None,
         )
+        if bias is not None:
+            self.add_whole(bias, errors_of_runs[0])
         self.counts += torch.bincount(supervised.example, minlength=len(self._loss))
         self._loss.index_add_(0, supervised.example, nll.double()).div_(self.counts)
         return gradient
