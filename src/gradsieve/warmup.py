@@ -125,7 +125,7 @@ def recipe_of(warmup: Warmup, path: str | None, count: int, seed: int, compute: 
 
     Raises:
         DataError: The file cannot be read.
-        InvalidArgument: It is no recipe, or sets what the method decides.
+        InvalidArgument: It is no recipe, sets what the method decides, or asks for more than the pool.
     """
     import yaml
 
@@ -141,6 +141,11 @@ def recipe_of(warmup: Warmup, path: str | None, count: int, seed: int, compute: 
         if taken := [name for name in OWN if isinstance(given, dict) and name in given]:
             raise InvalidArgument(f"warmup_recipe must leave {', '.join(taken)} to the method and the job, got it in {path}")
         own = Recipe.from_yaml(text)
+        if own.surgery != "none" or own.replay_share > 0:
+            raise InvalidArgument(
+                "warmup_recipe must train on the pool alone, without anchor or replay examples, got surgery "
+                f"{own.surgery} and replay_share {own.replay_share:g} in {path}; take them out"
+            )
     steps = warmup.epochs * math.ceil(count / own.batch)
     half = warmup.tuning == "full" and compute.dtype == torch.bfloat16
     return replace(

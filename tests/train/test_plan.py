@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsieve.errors import InvalidArgument
 from gradsieve.train.plan import epoch_ends, make_plan, micro_batches
 from gradsieve.train.recipe import Recipe
 
@@ -96,3 +97,12 @@ def test_epochs_that_end_within_a_step_or_several_at_once_are_found() -> None:
 def test_micro_batches_hold_each_row_once_longest_first() -> None:
     lengths = [3, 9, 4, 9, 1]
     assert micro_batches([4, 0, 1, 2, 3], lengths, 2) == [(1, 3), (2, 0), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [(Recipe(batch=4, replay_share=0.5), "replay"), (Recipe(surgery="agem"), "anchors"), (Recipe(steps=1), "data")],
+)
+def test_where_there_is_nothing_to_draw_from_it_is_said_so(recipe: Recipe, name: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{name} must be at least 1 where the recipe draws "):
+        make_plan(recipe, 0 if name == "data" else 5)

@@ -38,10 +38,25 @@ def test_a_recipe_is_read_and_may_not_set_what_the_method_decides(
     compute = ComputeSettings(EngineSettings(), torch.float32, "cpu", 100)
     made = module.recipe_of(gs.Warmup(0.5, 2, candidates="adam"), str(recipe), 6, 7, compute)
     assert (made.batch, made.rank, made.epochs, made.tuning, made.seed, made.save_epochs) == (3, 2, 2, "lora", 7, True)
-    for wrong, message in (("epochs: 3", "must leave epochs to the method"), ("bach: 3", "got bach"), ("[", "readable YAML")):
+    for wrong, message in (
+        ("epochs: 3", "must leave epochs to the method"),
+        ("bach: 3", "got bach"),
+        ("[", "readable YAML"),
+        ("surgery: agem", "must train on the pool alone, .* got surgery agem and replay_share 0 in "),
+        ("replay_share: 0.5", "must train on the pool alone, .* got surgery none and replay_share 0.5 in "),
+    ):
         recipe.write_text(wrong)
-        with pytest.raises((gs.InvalidArgument, gs.DataError), match=message):
-            gs.select("grads", model=str(tiny_model), pool=data["pool"], budget="4", warmup_recipe=str(recipe), **EXACT)
+        for settings in ({}, {"online": True}):
+            with pytest.raises((gs.InvalidArgument, gs.DataError), match=message):
+                gs.select(
+                    "grads",
+                    settings=settings,
+                    model=str(tiny_model),
+                    pool=data["pool"],
+                    budget="4",
+                    warmup_recipe=str(recipe),
+                    **EXACT,
+                )
 
 
 @pytest.mark.parametrize(

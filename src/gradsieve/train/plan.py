@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from gradsieve.errors import InvalidArgument
 from gradsieve.train.recipe import Recipe
 
 
@@ -40,6 +42,9 @@ def make_plan(recipe: Recipe, data: int, replay: int = 0, anchors: int = 0) -> l
         data: Examples to train on, at least 1.
         replay: Examples to replay.
         anchors: Anchor examples.
+
+    Raises:
+        InvalidArgument: The recipe draws from a set without examples.
     """
     seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     rows = _endless(range(data), seeds[0], shuffled=recipe.order == "shuffled")
@@ -50,7 +55,8 @@ def make_plan(recipe: Recipe, data: int, replay: int = 0, anchors: int = 0) -> l
     for own in _sizes(recipe, data):
         seen += own
         mixed = round(own * recipe.replayed / (recipe.batch - recipe.replayed))
-        plan.append(Step(_take(rows, own) + _take(replayed, mixed), _take(anchored, per_step), seen / data))
+        mine = _take(rows, own, "data") + _take(replayed, mixed, "replay")
+        plan.append(Step(mine, _take(anchored, per_step, "anchors"), seen / data))
     return plan
 
 
@@ -92,5 +98,8 @@ def _endless(rows: range, seed: int, shuffled: bool = True) -> Iterator[int]:
         yield from (rows[i] for i in order)
 
 
-def _take(rows: Iterator[int], count: int) -> tuple[int, ...]:
-    return tuple(next(rows) for _ in range(count))
+def _take(rows: Iterator[int], count: int, name: str) -> tuple[int, ...]:
+    taken = tuple(islice(rows, count))
+    if len(taken) < count:
+        raise InvalidArgument(f"{name} must be at least 1 where the recipe draws {count} for a step, got 0; change the recipe")
+    return taken
