@@ -107,9 +107,11 @@ def finetune(
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> Trained:
-    """Trains a model on tokens, on exactly the labels and the loss that gradients are taken of.
+    """Trains a model on tokens, on exactly the labels and the loss that gradients are taken of by default.
 
         L_step = (1/B) sum_{i in step} w_i l(z_i),   l(z) = mean over z's completion tokens
+
+    It is the mean also of examples whose gradients were taken of the sum (`Job.reduction`).
 
     with the weights scaled to a mean of 1 over the data, so that steps of any batch aim at the weighted mean gradient.
 

@@ -1,4 +1,4 @@
-"""The loss that is trained on: the one whose gradients were taken, each example's mean over its completion tokens."""
+"""The loss that is trained on: the one whose gradients are taken by default, each example's mean over its completion tokens."""
 
 from __future__ import annotations
 
