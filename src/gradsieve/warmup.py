@@ -185,7 +185,7 @@ def folder_of(
     facts = {
         "model": source.weights,
         "tokenizer": tokenizer_hash(source.tokenizer),
-        "recipe": deciding(recipe),
+        "recipe": deciding(recipe.to_mapping()),
         "dtype": str(compute.dtype),
     }
     facts |= {"recorded": manifest(source, compute, {}).fingerprint} if online else {}

@@ -15,6 +15,7 @@ import torch
 
 from gradsieve.errors import InvalidArgument, MissingExtra
 from gradsieve.train import finetune
+from gradsieve.train.checks import deciding
 
 from .conftest import FULL, PLAIN, examples, gpt2, llama
 
@@ -33,6 +34,18 @@ def test_the_seed_decides_and_the_callers_random_states_stay(tmp_path: Path) -> 
     assert losses("a", 1) == losses("other", 1)
     assert losses("b", 2) != losses("c", 3)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # type: ignore[index]  # noqa: NPY002
+
+
+def test_a_run_with_dropout_goes_on_with_the_same_micro_batches_only(tmp_path: Path) -> None:
+    plain, dropping, tokens = PLAIN, dataclasses.replace(PLAIN, dropout=0.2), examples(6)
+    other = [dataclasses.replace(recipe, micro_batch=1) for recipe in (plain, dropping)]
+    model = llama()
+    for name, recipe in (("plain", plain), ("dropping", dropping)):
+        finetune(model, tokens, recipe, tmp_path / name).restore()
+    finetune(model, tokens, other[0], tmp_path / "plain").restore()
+    with pytest.raises(InvalidArgument, match="micro_batch 2 there, 1 here"):
+        finetune(model, tokens, other[1], tmp_path / "dropping")
+    assert "micro_batch" not in deciding(plain.to_mapping())  # the fingerprints of earlier runs stay what they were
 
 
 def test_the_anchors_gradient_is_part_of_what_surgery_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.evaluate import KeptBase, TestSet
 from gradsieve.models import tokenizer_hash
 from gradsieve.outputs import hardware, now, versions
-from gradsieve.train.checks import INCIDENTAL
+from gradsieve.train.checks import deciding
 
 log = logging.getLogger(__name__)
 
@@ -392,7 +392,7 @@ def _of_choice(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 def _deciding(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a cell's inputs without those that do not decide its numbers: a tracker may be added to a study half done."""
     training = dict(inputs["training"])
-    training["recipe"] = {name: value for name, value in (training["recipe"] or {}).items() if name not in INCIDENTAL}
+    training["recipe"] = deciding(training["recipe"] or {})
     return {**inputs, "training": training}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from gradsieve.train.recipe import Recipe
 
 INSTALL = "pip install 'gradsieve[train]'"
 INCIDENTAL = frozenset({"report_to", "device", "micro_batch", "save_steps"})
-"""Settings of a recipe that are of memory, place and record alone."""
+"""Settings of a recipe that are of memory, place and record alone; `micro_batch` only without dropout, see `deciding`."""
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -124,9 +124,10 @@ def _scaled(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(x) for x in w / w.mean()]
 
 
-def deciding(recipe: Recipe) -> dict[str, Any]:
-    """Returns the settings that decide what comes out."""
-    return {name: value for name, value in recipe.to_mapping().items() if name not in INCIDENTAL}
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a recipe's settings that decide what comes out: dropout is drawn anew in each forward pass."""
+    passes = {"micro_batch"} if settings.get("dropout") else set()
+    return {name: value for name, value in settings.items() if name not in INCIDENTAL - passes}
 
 
 def fingerprint(
@@ -138,7 +139,7 @@ def fingerprint(
     replay: Sequence[Tokens],
 ) -> str:
     """Returns a hash of all that decides the outcome."""
-    hasher = xxhash.xxh3_128(json.dumps([deciding(recipe), list(weights)]).encode())
+    hasher = xxhash.xxh3_128(json.dumps([deciding(recipe.to_mapping()), list(weights)]).encode())
     for examples in (tokens, anchor, replay):
         hasher.update(f"{len(examples)}\n".encode())
         for example in examples:

@@ -210,7 +210,8 @@ def _claim(out: Path, recipe: Recipe, outcome: str) -> None:
         if found["fingerprint"] == outcome:
             return
         theirs = found["recipe"]
-        differing = [f"{k} {theirs.get(k)} there, {v} here" for k, v in deciding(recipe).items() if theirs.get(k) != v]
+        ours = deciding(recipe.to_mapping())
+        differing = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
         raise InvalidArgument(
             f"out must be a new folder or one of the same training, got {out}, where "
             f"{'; '.join(differing) or 'model, examples or weights differ'}; name another folder or remove it"
