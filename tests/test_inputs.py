@@ -56,6 +56,7 @@ def test_bad_input_is_named_before_the_model_is_loaded(
         "out must be a folder": {"out": plain},
         "method must be one of": {"method": "ogz"},
         "fields of Job, got poool": {"poool": "x"},
+        "seed must lie in [0, 4294967296), got 8589934592": {"seed": 2**33},
         "settings of ogs-static": {"settings": {"droop": 1}},
         "which does not exist": {"model": "/nowhere/model"},
         "dim must lie in": {"dim": 3},

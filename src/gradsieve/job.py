@@ -13,7 +13,7 @@ from gradsieve.data.corrupt import How
 from gradsieve.data.dedup import THRESHOLD, Dedup
 from gradsieve.errors import InvalidArgument
 from gradsieve.models import DType
-from gradsieve.types import Example
+from gradsieve.types import SEEDS, Example
 
 Data = str | Path | Sequence[str | Path] | Sequence[Example]
 
@@ -55,7 +55,7 @@ class Job:
             (nearly the same words). The one with the smallest id stays.
         dedup_threshold: How like near-duplicates are at least: share of runs of 4 letters that they have in common, rare ones
             counting more, in (0, 1].
-        seed: Seed of everything random.
+        seed: Seed of everything random, below 2**32.
         store: Folder for gradients, shared by runs with the same settings; by default `store` inside the output folder, or,
             without one, a folder of the cache (`$GRADSIEVE_CACHE`, `~/.cache/gradsieve`).
         warmup_recipe: YAML file with the recipe of a method's warm-up (batch, learning rate, rank, …); see `gradsieve.train`.
@@ -92,6 +92,10 @@ class Job:
     store: str | None = None
     warmup_recipe: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < SEEDS:
+            raise InvalidArgument(f"seed must lie in [0, {SEEDS}), got {self.seed}")
 
 
 def file_names(data: Data) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 
 REPRESENTATIONS = ("hidden",)
+SEEDS = 2**32
+"""How many seeds there are: trainers seed NumPy too, which takes no larger ones."""
 
 
 @dataclass(frozen=True, slots=True)

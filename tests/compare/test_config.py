@@ -83,6 +83,7 @@ def test_arms_may_be_one_method_with_several_settings(content: Content) -> None:
         ("budgets", ["5%", "5%"], r"x\.yaml: budgets must differ from each other"),
         ("budgets", ["lots"], r"x\.yaml: budgets: budget must be like 500, 5% or 200000tok, got 'lots'"),
         ("seeds", [0, -1], r"x\.yaml: seeds must be at least 0, got -1"),
+        ("seeds", [0, 2**32], r"x\.yaml: seeds must be below 4294967296, got 4294967296"),
         ("seeds", 3, r"x\.yaml: seeds must be a list, each seed by its name, got 3; write \[0, 1, 2\]"),
         ("seeds", [0, 1.5], r"x\.yaml: seeds\[1\] must be a whole number, got 1\.5"),
         ("views", ["equal_stepps"], r"x\.yaml: views\[0\] must be one of equal_steps, equal_repetition"),

@@ -64,6 +64,8 @@ def test_yaml_numbers_may_be_written_as_people_write_them() -> None:
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"warmup": 1.0}, r"warmup must lie in \[0, 1\), got 1.0"),
         ({"weight_decay": -1}, "weight_decay must be at least 0"),
+        ({"seed": -1}, r"seed must lie in \[0, 4294967296\), got -1"),
+        ({"seed": 2**32}, r"seed must lie in \[0, 4294967296\), got 4294967296"),
         ({"report_to": "wandb"}, "report_to must be a list of names"),
         ({"replay_share": 0.001}, "replay_share must make at least one replayed"),
         ({"replay_share": 0.999}, "replay_share must make at least one replayed and one other"),

@@ -42,7 +42,7 @@ from gradsieve.errors import DataError, GradsieveError, InvalidArgument
 from gradsieve.job import Job
 from gradsieve.models import DType
 from gradsieve.pipeline import find_method
-from gradsieve.types import Budget
+from gradsieve.types import SEEDS, Budget
 
 T = TypeVar("T")
 View = Literal["equal_steps", "equal_repetition"]
@@ -208,6 +208,7 @@ class Config:
             (bool(self.budgets), "budgets must name at least one, got none; write [5%, 20%]"),
             (bool(self.seeds), "seeds must name at least one, got none; write [0, 1, 2]"),
             (min(self.seeds, default=0) >= 0, f"seeds must be at least 0, got {min(self.seeds, default=0)}"),
+            (max(self.seeds, default=0) < SEEDS, f"seeds must be below {SEEDS}, got {max(self.seeds, default=0)}"),
             (bool(self.views), "views must name at least one, got none; write [equal_steps, equal_repetition]"),
             (bool(self.metrics), "metrics must name at least one, got none; write [loss, kl]"),
             (self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}"),

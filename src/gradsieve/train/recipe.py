@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gradsieve.errors import InvalidArgument
+from gradsieve.types import SEEDS
 
 Tuning = Literal["lora", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -51,7 +52,7 @@ class Recipe:
         surgery: What is done to a step's gradient that opposes the anchor's: nothing, A-GEM or PCGrad.
         anchor_batch: Anchor examples per step of surgery; None is `batch`.
         replay_share: Share of each batch that is drawn from the replay examples instead of the data, in [0, 1).
-        seed: Of the adapters' start, the order, the draws and dropout.
+        seed: Of the adapters' start, the order, the draws and dropout; below 2**32.
     """
 
     tuning: Tuning = "lora"
@@ -93,9 +94,11 @@ class Recipe:
         for name in ("dropout", "warmup", "replay_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "max_grad_norm", "seed"):
+        for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidArgument(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise InvalidArgument(f"seed must lie in [0, {SEEDS}), got {self.seed}")
         if self.epochs is not None and self.steps is not None:
             raise InvalidArgument(
                 f"epochs must be left out where steps is set, got epochs {self.epochs} and steps {self.steps}; set one"
