@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -237,6 +237,44 @@ def test_a_number_of_the_examples_can_rank_them(write_data: Write, tiny_model: P
     scores = pq.read_table(tmp_path / "o" / "scores.parquet").to_pydict()
     assert sum(value is None or value != value for value in scores["meta/stars"]) == 2
     assert (tmp_path / "o" / "report.html").exists()
+
+
+@pytest.mark.parametrize("record", ["[1]", '"x"', "3", "{}", "no inputs", "no files", "text"])
+def test_replay_refuses_what_is_no_record(record: str, data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    from gradsieve.outputs import replay
+
+    run = tmp_path / "a" / "run.json"
+    gs.select("random", model=str(tiny_model), pool=data["pool"], budget="4", out=run.parent)
+    known = json.loads(run.read_text())
+    changed = {
+        "no inputs": {key: value for key, value in known.items() if key != "inputs"},
+        "no files": known | {"inputs": {"pool": {}}},
+        "text": known | {"model": "demo"},
+    }
+    run.write_text(json.dumps(changed[record]) if record in changed else record)
+    with pytest.raises(gs.DataError, match=r"run\.json: must be the run\.json of a selection, got .*; select again"):
+        replay(run, tmp_path / "b")
+
+
+def test_a_report_promises_no_replay_that_would_be_refused(data: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gradsieve.data import read_examples
+    from gradsieve.outputs import replay
+
+    live = {"model": AutoModelForCausalLM.from_pretrained(tiny_model), "tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
+    runs: dict[str, dict[str, Any]] = {
+        "files": {"model": str(tiny_model), "pool": data["pool"]},
+        "memory": {"model": str(tiny_model), "pool": read_examples(data["pool"]).examples},
+        "live": {**live, "pool": data["pool"]},
+    }
+    for name, given in runs.items():
+        gs.select("random", budget="4", out=tmp_path / name, **given)
+        assert ("replay" in (tmp_path / name / "report.html").read_text()) == (name == "files")
+        assert ("call <code>select</code> again" in (tmp_path / name / "report.html").read_text()) == (name != "files")
+        if name != "files":
+            with pytest.raises(InvalidArgument, match="call select again instead"):
+                replay(tmp_path / name / "run.json", tmp_path / "again")
 
 
 def test_replay_works_from_another_folder(

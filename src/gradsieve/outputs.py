@@ -39,7 +39,7 @@ FILES = (
     ("selected.jsonl", "the chosen examples, exactly as given, best first"),
     ("scores.parquet", "every usable example with its score, rank and columns"),
     ("excluded.jsonl", "examples that could not be used, with the reason"),
-    ("run.json", "configuration, hashes, versions and cost; `gradsieve replay run.json` does it again"),
+    ("run.json", "configuration, hashes, versions and cost"),
 )
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate", "safetensors", "numpy", "pyarrow")
 
@@ -97,29 +97,37 @@ def replay(run: Path, out: Path, progress: Progress = silent) -> Result:
     try:
         record = json.loads(run.read_bytes())
         method, job, wanted = record["method"], dict(record["job"]), record["selection"]["digest"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{run}: must be the run.json of a selection, got {error}") from None
-    for role, inputs in record["inputs"].items():
-        if not inputs["files"]:
-            raise InvalidArgument(
-                f"{run} must name the files of its {role}, got examples from memory; call select again instead"
-            )
-        job[role] = tuple(inputs["files"])
-    if record["model"]["live"]:
-        raise InvalidArgument(f"{run} must name its model's folder, got a model object; call select again instead")
+        weights, unnamed = record["model"]["weights"], _unnamed(record)
+        job |= {role: tuple(inputs["files"]) for role, inputs in record["inputs"].items()}
+        digests = {role: inputs["digest"] for role, inputs in record["inputs"].items()}
+        name, settings = method["name"], method["settings"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{run}: must be the run.json of a selection, got {error!r}; select again") from None
+    if unnamed:
+        raise InvalidArgument(f"{run} must name {unnamed}; call select again instead")
     job["store"] = None
-    result = select(method["name"], settings=method["settings"], out=out, progress=progress, **job)
+    result = select(name, settings=settings, out=out, progress=progress, **job)
     again = _record(result)
-    for role, inputs in record["inputs"].items():
-        if again["inputs"][role]["digest"] != inputs["digest"]:
-            raise InvalidArgument(f"{role} must be the data of {run}, got other content in {' '.join(inputs['files'])}")
-    if again["model"]["weights"] != record["model"]["weights"]:
+    for role, digest in digests.items():
+        if again["inputs"][role]["digest"] != digest:
+            raise InvalidArgument(f"{role} must be the data of {run}, got other content in {' '.join(job[role])}")
+    if again["model"]["weights"] != weights:
         raise InvalidArgument(f"model must be the one of {run}, got other weights in {record['model']['name']}")
     if again["selection"]["digest"] != wanted:
         raise InvalidArgument(
             f"the selection must be that of {run}, got another one in {out}; versions then and now are in the two run.json"
         )
     return result
+
+
+def _unnamed(record: Mapping[str, Any]) -> str:
+    """Returns what a record cannot name, so that the run cannot be replayed; "" where it names everything."""
+    for role, inputs in record["inputs"].items():
+        if not inputs["files"]:
+            return f"the files of its {role}, got examples from memory"
+    if record["model"]["live"]:
+        return "its model's folder, got a model object"
+    return "a method that can be imported, got one of a script" if record["method"]["name"].startswith("__main__:") else ""
 
 
 def page(result: Result, record: Mapping[str, Any] | None = None) -> Page:
@@ -174,6 +182,7 @@ def page_of(
         references={name: Reference(**fact) for name, fact in record["references"].items()},
         stages=[Stage(c["stage"], c["wall_seconds"], c["cpu_seconds"], c["bytes"]) for c in record["stages"]],
         files=list(FILES),
+        repeatable=not _unnamed(record),
     )
 
 

@@ -81,6 +81,8 @@ def test_the_drawn_rows_carry_their_numbers_and_texts(small_page: Callable[..., 
 def test_links_cannot_leave_the_directory_of_the_page(small_page: Callable[..., Page]) -> None:
     page = small_page(files=(("javascript:alert(1)", "x"), ("//host/a b.json", "y")))
     assert [href for href, _, _ in content(page)["links"]] == ["./javascript%3Aalert%281%29", "./%2F%2Fhost%2Fa%20b.json"]
+    page = small_page(files=(("a.json", "x"),), folder="../javascript:x")
+    assert [href for href, _, _ in content(page)["links"]] == ["./../javascript%3Ax/a.json"]
 
 
 def test_cosines_that_repeat_utility_and_risk_are_shown_once(small_page: Callable[..., Page]) -> None:

@@ -216,6 +216,12 @@ def test_a_full_page_says(full_text: str, text: str) -> None:
     assert text in full_text
 
 
+def test_a_group_can_be_ringed_whatever_spaces_its_name_has(small_page: Callable[..., Page]) -> None:
+    html = render(small_page(groups=[" a  b ", " a  b ", 'c"', 'c"', None, None]))
+    assert '<option value=" a  b "> a  b </option>' in html
+    assert '<option value="c&#34;">' in html
+
+
 def test_a_bare_page_leaves_out_what_it_does_not_have(small_page: Callable[..., Page]) -> None:
     text = Document(render(small_page())).text
     assert "Read this first" not in text

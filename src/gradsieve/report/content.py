@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
@@ -52,8 +54,15 @@ def content(page: Page) -> dict[str, Any]:
         "most_excluded": MOST_EXCLUDED,
         "long_text": LONG_TEXT,
         "cost": _cost(page),
-        "links": [("./" + quote(name, safe="", errors="replace"), name, what) for name, what in page.files],
+        "links": [
+            ("/".join([".", *map(_quoted, (*PurePath(page.folder).parts, name))]), name, what) for name, what in page.files
+        ],
+        "run_json": shlex.quote(str(PurePath(page.folder) / "run.json")),
     }
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="", errors="replace")
 
 
 def _figures(page: Page) -> dict[str, Any]:

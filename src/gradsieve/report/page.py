@@ -92,7 +92,9 @@ class Page:
         notes: Sentences the user must read, printed before those of the selection.
         references: What is known about the reference directions, by name.
         stages: What the run cost, in order.
-        files: Name and content of each file beside the page: `("selected.jsonl", "the chosen examples")`.
+        files: Name and content of each file of the run: `("selected.jsonl", "the chosen examples")`.
+        folder: Where these files are, as seen from the page.
+        repeatable: Whether `gradsieve replay` can do the run again from its `run.json`.
 
     Raises:
         InvalidArgument: A length differs from n, rows repeat or lie outside the pool, or the pool is empty.
@@ -120,6 +122,8 @@ class Page:
     references: Mapping[str, Reference] = field(default_factory=dict)
     stages: Sequence[Stage] = ()
     files: Sequence[tuple[str, str]] = ()
+    folder: str = "."
+    repeatable: bool = True
 
     def __post_init__(self) -> None:
         n = len(self.ids)
