@@ -1,11 +1,13 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 import gradsieve as gs
 from gradsieve import cli
-from gradsieve.errors import InvalidArgument
+from gradsieve.errors import DataError, InvalidArgument
 from gradsieve.rebuild import Rebuild, rebuild
 
 Write = Callable[..., Path]
@@ -44,6 +46,27 @@ def test_another_pool_is_refused(tiny_model: Path, write_data: Write, tmp_path: 
     write_data("pool", 21)
     with pytest.raises(InvalidArgument, match="the pool must be the data of"):
         rebuild(Rebuild(tmp_path / "run"))
+
+
+def test_the_links_of_a_report_elsewhere_lead_to_the_run(tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
+    run, out = tmp_path / "my run", tmp_path / "pages" / "law.html"
+    gs.select("random", model=tiny_model, pool=write_data("pool", 20), budget=6, out=run)
+    out.parent.mkdir()
+    rebuild(Rebuild(run, out))
+    links = [href for href in re.findall(r'href="([^"#][^"]*)"', out.read_text()) if not re.match("https?:|data:", href)]
+    assert [(out.parent / unquote(href)).resolve() for href in links] == [
+        run / name for name in ("selected.jsonl", "scores.parquet", "excluded.jsonl", "run.json")
+    ]
+    assert "gradsieve replay &#39;../my run/run.json&#39;" in out.read_text()
+    assert "beside this page" not in out.read_text()
+
+
+@pytest.mark.parametrize("record", ["[1]", '"x"', "{}", '{"trace_columns": []}', '{"trace_columns": [], "inputs": 3}'])
+def test_a_record_of_something_else_is_one_line(record: str, tiny_model: Path, write_data: Write, tmp_path: Path) -> None:
+    gs.select("random", model=tiny_model, pool=write_data("pool", 20), budget=6, out=tmp_path)
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(DataError, match="must be the folder of a selection"):
+        rebuild(Rebuild(tmp_path))
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,8 @@ def rebuild(command: Rebuild) -> Path:
         InvalidArgument: The pool is not on disk, or no longer the one of the run.
     """
     out = command.out or command.run / "report.html"
-    write_report(read_page(command.run), out)
+    folder = os.path.relpath(command.run.resolve(), out.parent.resolve())
+    write_report(dataclasses.replace(read_page(command.run), folder=folder), out)
     return out
 
 
@@ -56,30 +59,29 @@ def read_page(run: Path) -> Page:
         record = json.loads((run / "run.json").read_bytes())
         scores = pq.read_table(run / "scores.parquet").to_pydict()
         excluded = [json.loads(line) for line in (run / "excluded.jsonl").read_bytes().splitlines()]
-        traced = record["trace_columns"]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        reasons = [(row["id"], row["reason"]) for row in excluded]
+        traced, part, job = record["trace_columns"], record["inputs"]["pool"], record["job"]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{run}: must be the folder of a selection, got {error!r}; select again") from None
-    pool = {example.id: example for example in _pool(run, record)}
+    pool = {example.id: example for example in _pool(run, part, job)}
     missing = [id for id in scores["id"] if id not in pool]
     if missing:
         raise DataError(f"{run}: scores.parquet must name examples of the pool, got {missing[0]!r}; select again")
     names = [name for name in scores if name not in _OWN and name not in {score_column(entry) for entry in traced}]
     columns = {name: torch.tensor(scores[name], dtype=torch.float64) for name in names}
-    reasons = [(row["id"], row["reason"]) for row in excluded]
     return page_of(record, [pool[id] for id in scores["id"]], columns, _selection(record, scores), reasons)
 
 
-def _pool(run: Path, record: Mapping[str, Any]) -> Sequence[Example]:
+def _pool(run: Path, part: Mapping[str, Any], job: Mapping[str, Any]) -> Sequence[Example]:
     """Returns the pool as the run had it, with the replay examples at its end."""
-    part = record["inputs"]["pool"]
     if not part["files"]:
         raise InvalidArgument(f"{run} must name the files of its pool, got examples from memory; its report cannot be rebuilt")
     if is_demo(part["files"][0]):
-        examples: Sequence[Example] = demo_set("pool", part["files"][0], record["job"]["seed"])
+        examples: Sequence[Example] = demo_set("pool", part["files"][0], job["seed"])
     else:
-        examples = _read(part["files"], record["job"])
-    if replay := record["job"]["replay"]:
-        examples = [*examples, *_read(replay, record["job"])]
+        examples = _read(part["files"], job)
+    if replay := job["replay"]:
+        examples = [*examples, *_read(replay, job)]
     if data_digest(examples) != part["digest"]:
         files = " ".join([*part["files"], *replay])
         raise InvalidArgument(f"the pool must be the data of {run}, got other content in {files}")
