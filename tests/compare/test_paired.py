@@ -133,7 +133,9 @@ def test_an_item_that_only_one_cell_has_a_value_of_is_named(write: Write) -> Non
         law[4] = math.nan if cell.arm == "good" else law[4]
         return {"law": {"acc": law}, "math": {"loss": level(cell, 5)}}
 
-    with pytest.raises(DataError, match=r"good.*: its values of acc on law must .* got NaN of one of the two for law4; leave"):
+    with pytest.raises(
+        DataError, match=r"good.*: its values of acc on law must .* got NaN for law4 of one of the two; leave law4 out"
+    ):
         said(write(values), {"law": "target", "math": "general"})
 
 

@@ -94,8 +94,8 @@ class Paired:
             if (np.isnan(row) == known).any():
                 item = measured.items[test][int((np.isnan(row) == known).argmax())]
                 raise DataError(
-                    f"{cell.name}: its values of {metric} on {test} must be of the items of base, got NaN of one of the two for "
-                    f"{item}; leave that item out of {test}, or {test} out of the comparison, and run again in another folder"
+                    f"{cell.name}: its values of {metric} on {test} must be of the items of base, got NaN for {item} of "
+                    f"one of the two; leave {item} out of {test}, or {test} out of the comparison, and run in another folder"
                 )
             rows.append(row[known])
         return np.stack(rows)

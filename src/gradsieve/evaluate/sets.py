@@ -189,8 +189,8 @@ def _kind(name: str, examples: Sequence[Example]) -> Kind:
         return "choice"
     if any(asking):
         raise DataError(
-            f'{examples[asking.index(False)].origin}: must have "choices" and "answer" as other rows of test set {name} do, got '
-            "not both; add them, or make the rows without them a test of their own"
+            f'{examples[asking.index(False)].origin}: must have "choices" and "answer" as other rows of test set {name} do, '
+            "got not both; add them, or make the rows without them a test of their own"
         )
     return "worked" if mostly_worked(examples) else "text"
 
