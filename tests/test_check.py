@@ -50,6 +50,15 @@ def test_a_store_agrees_with_the_loop(job: gs.Job, changes: dict[str, Any]) -> N
     assert max(one.error for one in done.checked) > 0
 
 
+def test_progress_is_told_in_tokens(job: gs.Job) -> None:
+    seen: list[tuple[int, int]] = []
+    done = extract(job, lambda stage, *report: seen.append(report) if stage == "check" else None, check=24)
+    tokens = int(done.problem.candidates.columns["tokens"].sum())
+    assert len(seen) == 24
+    assert seen[-1] == (tokens, tokens)
+    assert seen[0][0] > 1
+
+
 def test_an_error_of_an_extreme_is_measured_against_the_largest_entry_of_either_sign(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama().double()
     loop = Loop(model, EngineSettings("linear", layers="extremes", signals=False), {})

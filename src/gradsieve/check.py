@@ -73,7 +73,7 @@ def check(
         compute: How the rows were made.
         references: The examples behind the references.
         seed: Of the choice of rows.
-        progress: Is told how far it is.
+        progress: Is told of tokens done.
 
     Raises:
         InvalidArgument: There are fewer rows, or they are of Adam's direction.
@@ -92,14 +92,16 @@ def check(
     place = {id: position for position, id in enumerate(pool.ids)}
     columns, sketches = stored.columns, stored.rows(rows)
     worst: dict[str, tuple[float, str]] = {}
-    for i, row in enumerate(rows.tolist()):
+    picked = [pool.tokens[place[stored.ids[row]]] for row in rows.tolist()]
+    done, total = 0, sum(len(tokens.input_ids) for tokens in picked)
+    for i, (row, tokens) in enumerate(zip(rows.tolist(), picked, strict=True)):
         id = stored.ids[row]
-        tokens = pool.tokens[place[id]]
         truth = loop.example(tokens.input_ids.tolist(), tokens.labels.tolist())
         stored_row = {name: float(column[row]) for name, column in columns.items()}
         for name, error in errors_of(truth, sketches[i], stored_row).items():
             worst[name] = max(worst.get(name, (-1.0, id)), (error, id))
-        progress("check", i + 1, count)
+        done += len(tokens.input_ids)
+        progress("check", done, total)
     found = [Compared(name, error, _tolerance(name, compute), id) for name, (error, id) in worst.items()]
     return sorted(found, key=lambda one: ("/" in one.name, one.name.partition("/")[2], one.name))
 

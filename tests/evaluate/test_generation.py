@@ -66,6 +66,17 @@ def test_a_padded_batch_writes_what_each_prompt_gets_alone(
         assert theirs[0, len(prompt) :].tolist() == written
 
 
+def test_progress_is_told_in_tokens(items: list[Completion], tiny: Any, tokenizer: Any) -> None:
+    seen: list[tuple[str, int, int]] = []
+    prompts = [item.prompt_ids for item in items]
+    alone: dict[str, Any] = {"batch_tokens": max(map(len, prompts)) + LIMIT, "stage": "generate x"}
+    generate(
+        ending(tiny(seed=3)), prompts, tokenizer=tokenizer, stop=[1], max_new_tokens=LIMIT, **alone,
+        progress=lambda *report: seen.append(report),
+    )  # fmt: skip
+    assert seen == [("generate x", LIMIT * (i + 1), LIMIT * len(items)) for i in range(len(items))]
+
+
 def test_texts_end_at_any_stop_token(items: list[Completion], tiny: Any, tokenizer: Any) -> None:
     model = tiny(seed=3).double()
     prompt = items[0].prompt_ids

@@ -62,7 +62,7 @@ def generate(
         batch_tokens: Padded tokens at once, new ones included.
         device: Where the token ids go; None is where the model's embedding is.
         stage: The name that `progress` is given.
-        progress: Is told of prompts done.
+        progress: Is told of tokens done: `max_new_tokens` for each text, however soon it ended.
 
     Raises:
         InvalidArgument: `max_new_tokens` is below 1, there is no stop token, or a prompt and its text do not fit.
@@ -82,7 +82,7 @@ def generate(
             out: Tensor = inner.generate(input_ids=ids.to(place), attention_mask=mask.to(place))
             for i, new in zip(order[part], out[:, ids.shape[1] :].tolist(), strict=True):
                 written[i] = _cut(new, stop, tokenizer)
-            progress(stage, len(written), len(prompts))
+            progress(stage, len(written) * max_new_tokens, len(prompts) * max_new_tokens)
     return [written[i] for i in range(len(prompts))]
 
 

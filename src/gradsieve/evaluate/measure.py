@@ -83,7 +83,7 @@ def measure(
         max_new_tokens: Where a generated text is cut off.
         batch_tokens: Padded tokens per forward pass; it changes time and memory, not values.
         device: Where the token ids go; None is where the model is.
-        progress: Is told of tokens (texts) done, set by set.
+        progress: Is told of tokens done, set by set; a generated text counts as `max_new_tokens`.
         on_texts: Is given the generated texts of each set, in the order of its examples.
 
     Raises:
