@@ -21,6 +21,7 @@ from typing import Any
 from gradsieve.compare.config import BASE, FULL, RANDOM
 from gradsieve.pipeline import find_method
 from gradsieve.selectors import SELECTORS
+from gradsieve.types import Budget
 
 
 def label(cell: Mapping[str, Any]) -> str:
@@ -40,25 +41,40 @@ def label(cell: Mapping[str, Any]) -> str:
 
 def scores(results: Path) -> dict[tuple[str, str], str]:
     """Returns a study's cells of the table by label and budget; of equal methods of several names the first."""
+    pairs = list(csv.DictReader((results / "pairs.csv").read_text(encoding="utf-8").splitlines()))
+    views = list(dict.fromkeys(row["view"] for row in pairs))
+    if len(views) > 1:
+        raise SystemExit(f"{results} must be a comparison in one view, got {', '.join(views)}; compare in each by itself")
     cells = [json.loads(line) for line in (results / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = {(cell["arm"], cell["budget"] or ""): label(cell) for cell in cells if cell["arm"] != BASE}
     first = next((budget for arm, budget in labels if arm == RANDOM), "")
     found: dict[tuple[str, str], str] = {}
-    for row in csv.DictReader((results / "pairs.csv").read_text(encoding="utf-8").splitlines()):
+    for row in pairs:
         if row["verdict_gain"] == "unjudged":
             continue
         for one, other, sign in ((row["arm"], row["other"], 1), (row["other"], row["arm"], -1)):
             arm, _, budget = one.partition(" ")
             if other == f"{RANDOM} {budget or first}":
-                more = _number(sign * float(row["minus_gain"]), row["verdict_gain"])
-                further = _number(sign * -float(row["minus_keeping"]), row["verdict_keeping"])
+                more = _number(sign, row["minus_gain"], row["verdict_gain"])
+                further = _number(-sign, row["minus_keeping"], row["verdict_keeping"])
                 found.setdefault((labels[arm, budget], budget), f"{more} / {further}")
     return found
 
 
-def _number(value: float, verdict: str) -> str:
-    written = f"{value:+.3f}".replace("-", "−")
-    return written if verdict == "tie" else f"**{written}**"
+def _number(sign: int, value: str, verdict: str) -> str:
+    """Returns a number as the table writes it; a dash where a study has none."""
+    if not value:
+        return "–"
+    written = f"{sign * float(value):+.3f}".replace("-", "−")
+    return f"**{written}**" if verdict in ("win", "loss") else written
+
+
+def _size(budget: str) -> tuple[float, ...]:
+    """Returns what budgets are sorted by: shares before tokens before examples, the largest first."""
+    if not budget:
+        return ()
+    found = Budget.parse(budget)
+    return -(found.share or 0), -(found.tokens or 0), -(found.examples or 0)
 
 
 def table(folders: list[Path]) -> list[list[str]]:
@@ -67,7 +83,7 @@ def table(folders: list[Path]) -> list[list[str]]:
     columns = {name: own for name, own in columns.items() if own}
     order = [FULL, *(f"`{name}`" for name in SELECTORS)]
     rows = dict.fromkeys(key for own in columns.values() for key in own)
-    ranked = sorted(rows, key=lambda key: (order.index(key[0].partition(",")[0]), key[0], -float(key[1].rstrip("%") or 0)))
+    ranked = sorted(rows, key=lambda key: (order.index(key[0].partition(",")[0]), key[0], _size(key[1])))
     body = [[name, budget or "–", *(own.get((name, budget), "") for own in columns.values())] for name, budget in ranked]
     return [["method", "budget", *columns], ["---"] * (2 + len(columns)), *body]
 
