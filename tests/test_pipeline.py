@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,15 @@ def test_a_report_promises_no_replay_that_would_be_refused(data: dict[str, str],
         if name != "files":
             with pytest.raises(InvalidArgument, match="call select again instead"):
                 replay(tmp_path / name / "run.json", tmp_path / "again")
+
+
+def test_a_report_promises_no_replay_of_a_scripts_own_method(
+    data: dict[str, str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "Weighted", Weighted, raising=False)
+    monkeypatch.setattr(Weighted, "__module__", "__main__")
+    gs.select(Weighted(), model=str(tiny_model), pool=data["pool"], budget="4", out=tmp_path)
+    assert "gradsieve replay" not in (tmp_path / "report.html").read_text()
 
 
 def test_replay_works_from_another_folder(

@@ -125,9 +125,7 @@ def _unnamed(record: Mapping[str, Any]) -> str:
     for role, inputs in record["inputs"].items():
         if not inputs["files"]:
             return f"the files of its {role}, got examples from memory"
-    if record["model"]["live"]:
-        return "its model's folder, got a model object"
-    return "a method that can be imported, got one of a script" if record["method"]["name"].startswith("__main__:") else ""
+    return "its model's folder, got a model object" if record["model"]["live"] else ""
 
 
 def page(result: Result, record: Mapping[str, Any] | None = None) -> Page:
@@ -182,7 +180,7 @@ def page_of(
         references={name: Reference(**fact) for name, fact in record["references"].items()},
         stages=[Stage(c["stage"], c["wall_seconds"], c["cpu_seconds"], c["bytes"]) for c in record["stages"]],
         files=list(FILES),
-        repeatable=not _unnamed(record),
+        repeatable=not _unnamed(record) and not name.startswith("__main__:"),  # a class that only its own script has
     )
 
 
