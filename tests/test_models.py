@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def test_weights_that_lie_there_twice_or_packed_count_once_and_in_full(tmp_path:
     assert weight_count(tmp_path / "whole") == weight_count(whole) == count
     shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "whole" / "consolidated.safetensors")  # as Mistral's
     assert weight_count(tmp_path / "whole") == count
-    pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes")
+    assert weight_count(bnb.nn.Linear4bit(64, 32, bias=False)) == 2048  # not packed yet
     options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float32, "device_map": "cpu"}
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **options)
     packed.save_pretrained(tmp_path / "packed")
@@ -67,6 +69,37 @@ def test_the_last_token_and_the_last_place_are_there(tiny_model: Path, tmp_path:
     learned.require_places(0, 16)
     with pytest.raises(ModelError, match="got 17 in an example and 16 places; lower --max-length to 16"):
         learned.require_places(0, 17)
+
+
+@pytest.mark.parametrize(
+    ("rotary", "most"),
+    [
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+            16,
+        ),
+        ({"rope_type": "dynamic", "factor": 2.0}, 32),
+    ],
+)
+def test_positions_that_go_by_the_longest_of_a_batch_are_refused_where_they_do(rotary: dict[str, Any], most: int) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=99, max_position_embeddings=32, rope_parameters=rotary, **shape)
+    model = LlamaForCausalLM(config).double().eval()
+    source = find_model(model, "none is needed")
+    own, longer = torch.arange(2, 10), torch.arange(2, 3 + most)
+    alone = model(input_ids=own[None]).logits[0]
+    for length, same in ((most, True), (most + 1, False)):
+        batch = torch.zeros(2, length, dtype=torch.long)
+        batch[0, : len(own)], batch[1] = own, longer[:length]
+        assert torch.allclose(model(input_ids=batch).logits[0, : len(own)], alone, atol=1e-9) == same
+    source.require_places(0, most)
+    with pytest.raises(ModelError, match=rf"got an example of {most + 1} tokens: .*; lower --max-length to {most}$"):
+        source.require_places(0, most + 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name

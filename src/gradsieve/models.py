@@ -96,14 +96,15 @@ class ModelSource:
         return model.to(device).eval()  # type: ignore[no-any-return]
 
     def require_places(self, largest: int, longest: int) -> None:
-        """Refuses a token or a position that the model has no embedding of.
+        """Refuses a token or a position that the model has no embedding of, or whose embedding would be its batch's.
 
         Args:
             largest: Token of the largest number.
             longest: Tokens of the longest example.
 
         Raises:
-            ModelError: The model has fewer embeddings, or fewer learned positions.
+            ModelError: The model has fewer embeddings, fewer learned positions, or rotary ones that turn at other speeds in a
+                batch with so long an example.
         """
         model: Any = self.skeleton()
         words = model.get_input_embeddings()
@@ -119,6 +120,12 @@ class ModelSource:
                 f"model {self.name} must have a place for every token, got {longest} in an example and {most} places; lower "
                 f"--max-length to {most}"
             )
+        for kind, most in _own_places(model.config.get_text_config()):
+            if longest > most:
+                raise ModelError(
+                    f"model {self.name} must place an example's tokens alike in any batch, got an example of {longest} tokens: "
+                    f"above {most}, its positions ({kind}) go by the longest of the batch; lower --max-length to {most}"
+                )
 
     def skeleton(self) -> torch.nn.Module:
         """Returns the model without its weights: names and shapes of all parameters, on the meta device.
@@ -143,6 +150,17 @@ class ModelSource:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"{self.name} could not be built from its configuration: {_first_line(error)}") from error
         return model
+
+
+def _own_places(config: Any) -> Iterator[tuple[str, int]]:
+    """Yields the kinds of rotary positions that depend on a batch's longest example, and up to which length they do not."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for own in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):  # of all layers, or by their type
+        kind = own.get("rope_type", "default")
+        if kind == "longrope":
+            yield kind, own.get("original_max_position_embeddings", config.max_position_embeddings)
+        elif "dynamic" in kind:
+            yield kind, config.max_position_embeddings
 
 
 def untrained(source: ModelSource, seed: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -172,7 +190,7 @@ def weight_count(model: str | Path | torch.nn.Module) -> int:
     """
     if not isinstance(model, torch.nn.Module):
         model = ModelSource(str(model), _folder(str(model)), None, "").skeleton()
-    return sum(math.prod(getattr(parameter, "quant_state", parameter).shape) for parameter in model.parameters())
+    return sum(math.prod((getattr(weight, "quant_state", None) or weight).shape) for weight in model.parameters())
 
 
 def find_model(model: str | Path | torch.nn.Module, tokenizer: Any = None, *, trust_remote_code: bool = False) -> ModelSource:

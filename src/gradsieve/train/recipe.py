@@ -38,7 +38,7 @@ class Recipe:
         weight_decay: Decoupled weight decay; biases and norm scales are exempt.
         batch: Examples per optimizer step over all processes, replayed ones included.
         micro_batch: Examples per forward pass of one process: memory, and results by rounding only, unless there is dropout
-            (here or in the model's configuration), whose draws differ.
+            (here or in the model's configuration), whose draws differ, or its positions go by the longest example of a batch.
         epochs: Passes over the data (equal repetition); None is 3, or as many as `steps` needs.
         steps: Exactly so many optimizer steps of full batches, cycling through the data (equal steps).
         max_grad_norm: Longer gradients are scaled to this norm; 0 never scales.
