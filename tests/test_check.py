@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import gradsieve as gs
+from gradsieve import check as module
 from gradsieve import cli, store
 from gradsieve.check import TOLERANCES, Compared, errors_of
 from gradsieve.gradients.loop import Loop, Truth
 from gradsieve.gradients.settings import EngineSettings
 from gradsieve.models import find_model
 from gradsieve.pipeline import extract
+from gradsieve.references import measure_references
 
 Write = Callable[..., Path]
 SMALL: dict[str, Any] = {"dim": 256, "dtype": "float32", "unit_tokens": 400, "batch_tokens": 200}
@@ -139,6 +141,30 @@ def test_a_wide_sketch_of_references_has_a_tolerance_of_its_own(job: gs.Job) -> 
     found = {one.name: one for one in done.checked}
     assert found["dot/target"].tolerance > TOLERANCES[torch.float32][0] == found["norm"].tolerance
     assert found["dot/target"].passed
+
+
+def test_references_that_do_not_fit_at_once_are_measured_one_after_another(
+    job: gs.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[list[str]] = []
+
+    def counted(model: Any, compute: Any, sources: Any, progress: Any) -> Any:
+        measured.append(list(sources))
+        return measure_references(model, compute, sources, progress)
+
+    monkeypatch.setattr(module, "measure_references", counted)
+    at_once = {one.name: one for one in extract(job, check=2).checked}
+    names = {name.removeprefix("dot/") for name in at_once if name.startswith("dot/")}
+    assert len(names) > 3
+    assert [set(own) for own in measured] == [names]
+    measured.clear()
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(module, "with_form", lambda source, compute, count: dataclasses.replace(compute, form="wide sketch"))
+    found = extract(job, lambda stage, *report: told.append(report) if stage == "check" else None, check=2).checked
+    assert sorted(measured) == sorted([name] for name in names)
+    assert {one.name: one.error for one in found} == pytest.approx({name: one.error for name, one in at_once.items()}, rel=1e-6)
+    assert len(told) == 2 * len(names)
+    assert told[-1][0] == told[-1][1]
 
 
 def test_more_rows_than_there_are_cannot_be_checked(job: gs.Job) -> None:

@@ -1,7 +1,7 @@
 """`gradsieve extract … --check N`: are the numbers in the store those of N random examples' own backward passes?
 
 What is compared is what was stored, rounding to float16 included, with float64 loops over single examples. References are
-measured again, in float64.
+measured again, in float64: one after another where all do not fit at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradsieve.clock import Progress, silent
-from gradsieve.compute import ComputeSettings
+from gradsieve.compute import ComputeSettings, with_form
 from gradsieve.data import TokenSet
 from gradsieve.errors import InvalidArgument
 from gradsieve.gradients.loop import Loop, Truth
@@ -69,8 +69,9 @@ def check(
         stored: The rows.
         count: How many of them to compare.
         pool: The examples behind the rows.
-        source: The model; it is loaded once more, in float64, on the CPU.
-        compute: How the rows were made.
+        source: The model; it is loaded once more, in float64, on the CPU, or once for each reference.
+        compute: How the rows were made; float64 references that take more than its `reference_memory` are measured and
+            compared one after another.
         references: The examples behind the references.
         seed: Of the choice of rows.
         progress: Is told of tokens done.
@@ -84,26 +85,35 @@ def check(
     if compute.engine.direction != "sgd":
         raise InvalidArgument(f"check must be of plain gradients, got direction {compute.engine.direction}; extract those")
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
-    model = source.load(torch.float64, "cpu") if source.live is None else copy.deepcopy(source.live).double().cpu()
-    exact = dataclasses.replace(compute, dtype=torch.float64, device="cpu", form="exact")
-    directions = measure_references(model, exact, references, progress)
-    tensors = {name: {key: t[i] for key, t in directions.tensors.items()} for i, name in enumerate(directions.names)}
-    loop = Loop(model, compute.engine, tensors)
+    wide = dataclasses.replace(compute, dtype=torch.float64, device="cpu")
+    at_once = with_form(source, wide, len(references)).form == "exact"
+    parts = [references] if at_once else [{name: one} for name, one in references.items()]
     place = {id: position for position, id in enumerate(pool.ids)}
     columns, sketches = stored.columns, stored.rows(rows)
     worst: dict[str, tuple[float, str]] = {}
     picked = [pool.tokens[place[stored.ids[row]]] for row in rows.tolist()]
-    done, total = 0, sum(len(tokens.input_ids) for tokens in picked)
-    for i, (row, tokens) in enumerate(zip(rows.tolist(), picked, strict=True)):
-        id = stored.ids[row]
-        truth = loop.example(tokens.input_ids.tolist(), tokens.labels.tolist())
-        stored_row = {name: float(column[row]) for name, column in columns.items()}
-        for name, error in errors_of(truth, sketches[i], stored_row).items():
-            worst[name] = max(worst.get(name, (-1.0, id)), (error, id))
-        done += len(tokens.input_ids)
-        progress("check", done, total)
+    done, total = 0, len(parts) * sum(len(tokens.input_ids) for tokens in picked)
+    for part in parts:
+        loop = _loop(source, dataclasses.replace(wide, form="exact"), part, progress)
+        for i, (row, tokens) in enumerate(zip(rows.tolist(), picked, strict=True)):
+            id = stored.ids[row]
+            truth = loop.example(tokens.input_ids.tolist(), tokens.labels.tolist())
+            stored_row = {name: float(column[row]) for name, column in columns.items()}
+            for name, error in errors_of(truth, sketches[i], stored_row).items():
+                worst[name] = max(worst.get(name, (-1.0, id)), (error, id))
+            done += len(tokens.input_ids)
+            progress("check", done, total)
+        del loop  # and with it a model, before the next is loaded
     found = [Compared(name, error, _tolerance(name, compute), id) for name, (error, id) in worst.items()]
     return sorted(found, key=lambda one: ("/" in one.name, one.name.partition("/")[2], one.name))
+
+
+def _loop(source: ModelSource, compute: ComputeSettings, references: Mapping[str, Source], progress: Progress) -> Loop:
+    """Returns the loop over single examples, with a model of its own, which it changes."""
+    model = source.load(torch.float64, "cpu") if source.live is None else copy.deepcopy(source.live).double().cpu()
+    directions = measure_references(model, compute, references, progress)
+    tensors = {name: {key: t[i] for key, t in directions.tensors.items()} for i, name in enumerate(directions.names)}
+    return Loop(model, compute.engine, tensors)
 
 
 def errors_of(truth: Truth, sketch: Tensor, columns: Mapping[str, float]) -> dict[str, float]:
