@@ -1,5 +1,7 @@
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,10 +45,43 @@ def test_a_stage_is_scaled_by_the_tokens_of_its_set(job: Job) -> None:
     assert stages["references"].seconds > stages["references"].measured
 
 
-def test_all_of_a_small_set_is_measured_as_it_is(job: Job) -> None:
-    found = estimate("less", job, {"warmup_share": 0.0}, tokens=10**9)
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_all_of_a_small_set_is_measured_as_it_is(job: Job, share: float) -> None:
+    found = estimate("less", job, {"warmup_share": share}, tokens=10**9)
     assert found.share == 1
     assert all(stage.seconds == stage.measured for stage in found.stages)
+
+
+def test_of_a_warm_up_the_steps_are_scaled_and_nothing_else(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsieve import warmup
+    from gradsieve.train.trainer import PlannedTrainer
+
+    step, hashed, rows = PlannedTrainer.training_step, warmup.hash_weights, []
+
+    def slow(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        rows.append(len(inputs["step"].rows))
+        time.sleep(0.02 * rows[-1])
+        return step(self, model, inputs, *more)
+
+    def slower(folder: Path) -> str:  # once a checkpoint, however large the pool
+        time.sleep(1.0)
+        return hashed(folder)
+
+    monkeypatch.setattr(PlannedTrainer, "training_step", slow)
+    monkeypatch.setattr(warmup, "hash_weights", slower)
+    settings = {"warmup_share": 0.2, "warmup_epochs": 2}
+    found = estimate("less", job, settings, tokens=2000)
+    stages = {stage.stage: stage for stage in found.stages}
+    measured, whole = sum(rows), 2 * 60
+    assert measured < whole / 2
+    assert max(rows) == 16  # a whole batch, as in full
+    more = 0.02 * (whole - measured)
+    assert 0.7 * more < stages["warm-up"].seconds - stages["warm-up"].measured < more + 2
+    assert stages["loading the model (warm-up)"].seconds == stages["loading the model (warm-up)"].measured
+    monkeypatch.undo()
+    result = gs.select("less", settings=settings, **{**vars(job), "store": None, "out": tmp_path / "run"})
+    real = {cost.stage: cost for cost in result.clock.costs}
+    assert stages["warm-up"].bytes == pytest.approx(real["warm-up"].bytes, rel=0.05)
 
 
 def test_nothing_is_left_behind(job: Job, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ ALLOWED = {
     },
     "rehearsal": BASE | {"clock", "data", "gradients", "job", "pipeline", "run", "train", "warmup"},
     "outputs": BASE | {"clock", "data", "demo", "report", "pipeline"},
-    "estimate": BASE | {"job", "run", "clock", "data", "pipeline"},
+    "estimate": BASE | {"job", "run", "clock", "data", "pipeline", "warmup"},
     "export": BASE | {"data", "models", "outputs"},
     "rebuild": BASE | {"data", "demo", "report", "outputs"},
     "compare": BASE

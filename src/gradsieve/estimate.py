@@ -1,4 +1,7 @@
-"""What a selection will take, before it is run: the same job on a small part of the data, timed and scaled by tokens."""
+"""What a selection will take, before it is run: the same job on a small part of the data, timed and scaled by tokens.
+
+Of a warm-up, what its steps take is scaled: its start and its checkpoints are those of any pool.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 import resource
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,9 +21,11 @@ from gradsieve.data import TokenSet
 from gradsieve.job import Job
 from gradsieve.pipeline import find_method
 from gradsieve.run import Run
+from gradsieve.types import Warmup
+from gradsieve.warmup import part_size
 
-ONCE = ("reading", "tokens", "loading the model", "trying batch sizes")
-"""Stages that an estimate goes through in full."""
+ONCE = ("reading", "tokens", "loading the model", "trying batch sizes", "warm-up")
+"""Stages that an estimate goes through in full; of a warm-up, the steps are scaled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,33 @@ class _Thinner:
         return thin
 
 
+@dataclass(eq=False)
+class _Steps:
+    """Passes on how far a job is, and times the steps of its warm-up.
+
+    Attributes:
+        steps: Seconds and tokens of each.
+    """
+
+    progress: Progress
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    _before: tuple[float, int] = field(default=(0.0, 0), init=False)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "warm-up":  # is told before and after each step
+            now = time.perf_counter()
+            if done > self._before[1]:
+                self.steps.append((now - self._before[0], done - self._before[1]))
+            self._before = now, done
+        self.progress(stage, done, total)
+
+    def more(self, ratio: float) -> float:
+        """Returns the seconds that so many times as many tokens take beside these; the first step also starts things up."""
+        steady = self.steps[1:] or self.steps
+        each = sum(seconds for seconds, _ in steady) / sum(tokens for _, tokens in steady)
+        return each * (ratio - 1) * sum(tokens for _, tokens in self.steps)
+
+
 def estimate(
     method: str, job: Job, settings: Mapping[str, Any] | None = None, *, tokens: int = 1500, progress: Progress = silent
 ) -> Estimate:
@@ -112,20 +145,38 @@ def estimate(
         GradsieveError: Whatever the user can mend, as the job itself would.
     """
     name, selector = find_method(method, settings)
-    thinner = _Thinner(tokens)
+    thinner, steps = _Thinner(tokens), _Steps(progress)
+    warmup: Warmup | None = getattr(selector, "warmup", None)
+
+    def thin(examples: TokenSet) -> TokenSet:
+        part = thinner(examples)
+        if warmup is not None and examples.name == "pool":  # as many of the part as of the whole, if it has them: whole batches
+            run.warmup = replace(warmup, share=_trained(warmup, thinner)[1] / len(part.lengths))
+        return part
+
     with tempfile.TemporaryDirectory(prefix="gradsieve-estimate-") as folder:
         small = replace(job, store=str(Path(folder) / "store"))
-        run = Run.of(small, name, selector, None, progress)
-        run.thin = thinner
+        run = Run.of(small, name, selector, None, steps)
+        run.thin = thin
         run.problem({"pool": job.pool, "target": job.target, "anchor": job.anchor}, job.model, None)
         costs = list(run.clock.costs)
         notes = [note for note in run.notes if not note.startswith("gradients were taken after")]
     if (held := thinner.whole["pool"][0] * job.dim * 4) > 2**30:
         notes.append(f"methods that hold all sketches of the pool at once need {held / 2**30:.1f} GiB more for them")
     ratios = _ratios(thinner)
-    stages = tuple(_scaled(cost, ratios) for cost in costs)
+    stages = [_scaled(cost, ratios) for cost in costs]
+    if warmup is not None and steps.steps:
+        whole, part = _trained(warmup, thinner)
+        more = steps.more(whole / part * ratios["pool"] * thinner.part["pool"][0] / thinner.whole["pool"][0])
+        stages = [replace(one, seconds=one.measured + more) if one.stage == "warm-up" else one for one in stages]
     share = sum(t for _, t in thinner.part.values()) / sum(t for _, t in thinner.whole.values())
-    return Estimate(stages, dict(thinner.whole), _peak(), share, tuple(notes))
+    return Estimate(tuple(stages), dict(thinner.whole), _peak(), share, tuple(notes))
+
+
+def _trained(warmup: Warmup, thinner: _Thinner) -> tuple[int, int]:
+    """Returns how many examples a warm-up trains on, and on how many it was measured."""
+    whole = part_size(warmup.share, thinner.whole["pool"][0])
+    return whole, min(whole, thinner.part["pool"][0])
 
 
 def _ratios(thinner: _Thinner) -> dict[str, float]:
@@ -140,7 +191,7 @@ def _ratios(thinner: _Thinner) -> dict[str, float]:
 def _scaled(cost: Cost, ratios: Mapping[str, float]) -> Forecast:
     ratio = 1.0
     if not cost.stage.startswith(ONCE):
-        # what is of no set of its own, a warm-up, goes with the pool
+        # what is of no set of its own goes with the pool
         ratio = next((value for role, value in ratios.items() if role != "pool" and role in cost.stage), ratios["pool"])
     return Forecast(cost.stage, cost.wall_seconds * ratio, cost.wall_seconds, round(cost.bytes * ratio))
 

@@ -249,6 +249,9 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress("training", self.trainer.spent.tokens, self.tokens)  # before and after: what a step takes without saving
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = self.trainer.plan[state.global_step - 1]
         state.epoch = step.epoch
