@@ -7,7 +7,8 @@ import pytest
 
 import gradsieve as gs
 from gradsieve import cli
-from gradsieve.estimate import estimate
+from gradsieve.clock import silent
+from gradsieve.estimate import _Steps, estimate
 from gradsieve.job import Job
 
 Write = Callable[..., Path]
@@ -98,3 +99,9 @@ def test_the_command_takes_the_options_of_select(job: Job, capsys: pytest.Captur
     assert "gradients of the pool" in shown
     assert "until the choice" in shown
     assert cli.run(["estimate", "gradmatch", "--model", job.model, "--pool", "nowhere.jsonl"]) == 2
+
+
+def test_the_first_step_of_a_warm_up_which_starts_things_up_is_not_that_of_others() -> None:
+    steps = _Steps(silent, [(10.0, 100), (1.0, 100), (3.0, 200)])
+    assert steps.more(3.0) == pytest.approx(2 * 400 * 4.0 / 300)
+    assert _Steps(silent, [(10.0, 100)]).more(2.0) == pytest.approx(10.0)
