@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
         {"form": "filter", "draw": "utility", "against": "plain", "center": True},
         {"against": "categories", "utility": "nearest", "neighbours": 2},
         {"against": "both", "utility": "hidden", "neighbours": 2},
+        {"against": "both", "utility": "each", "bound": 30.0},
         {"against": "both", "normalize": "category"},
     ],
 }

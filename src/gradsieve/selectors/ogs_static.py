@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.directions import Directions, marginal_relevance
 from gradsieve.selectors.ogs_anchor import Normalize, anchor_column, anchor_cosine, anchor_notes, categories
-from gradsieve.selectors.ogs_threshold import TOLERANCE, exchange, trade, within
-from gradsieve.selectors.ogs_utility import centrality, centred, nearest_targets
+from gradsieve.selectors.ogs_threshold import PRECISION, TOLERANCE, exchange, trade, within
+from gradsieve.selectors.ogs_utility import best_cosine, centrality, centred, nearest_targets
 from gradsieve.selectors.ranking import (
     Stratify,
     best_first,
@@ -28,14 +29,18 @@ from gradsieve.selectors.ranking import (
     spread,
 )
 from gradsieve.selectors.reading import check_choice, cosines, matching, reference_notes, require, zero_note
+from gradsieve.selectors.round_robin import Turns, take_turns
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 Against = Literal["contrast", "plain", "both", "categories"]
-Utility = Literal["mean", "nearest", "hidden"]
+Utility = Literal["mean", "nearest", "hidden", "each"]
 Form = Literal["top", "filter"]
 BoundOf = Literal["percentile", "mean"]
 Draw = Literal["random", "diversity", "utility"]
 Risk = Literal["conflict", "overlap"]
+
+TURNS_PRECISION = 1e-4
+"""How near, relative to λ, the bisection comes to it where targets take turns: each λ tried costs all their cosines anew."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class OGSStatic:
         utility: "mean": the exact cosine to the target's mean gradient; "nearest": the mean cosine to the `neighbours` targets
             nearest in direction, after the pool's mean direction was taken out of both sides; it sees topics that the mean
             of a mixed target averages away, and reads sketches; "hidden": the same of last hidden states in place of gradients,
-            which tell what a text is about better, and nothing of what training on it does.
+            which tell what a text is about better, and nothing of what training on it does; "each": every target in its turn
+            takes the example with the largest cosine to it minus λ times risk, as `rds` does by hidden states and without risk,
+            so that the choice is as mixed as the target; it reads sketches. Only with form "top", and not stratified.
         neighbours: Targets that count with utility "nearest" or "hidden", at least 1; all of them where there are fewer.
         form: "top" takes the best by utility minus λ times risk; "filter" drops the riskiest and draws from the rest.
         bound: With form "top", how risky the chosen may be on average, in percent of `bound_of`, from 0 to 100.
@@ -104,7 +111,9 @@ class OGSStatic:
         "agreement of an example's gradient with the target, held against how far it moves general abilities"
     )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
-    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest or hidden O(nmd)"
+    cost: ClassVar[str] = (
+        "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest or hidden O(nmd), each some 20 times that"
+    )
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
 
     def __post_init__(self) -> None:
@@ -130,6 +139,10 @@ class OGSStatic:
             raise InvalidArgument(
                 f"center must be off with utility {self.utility}, which takes the pool's mean direction out itself"
             )
+        if self.utility == "each" and self.form != "top":
+            raise InvalidArgument(f"utility each must go with form top, got {self.form}; targets cannot take turns at a draw")
+        if self.utility == "each" and self.stratify != "none":
+            raise InvalidArgument("stratify must be none with utility each, got length; the targets decide the lengths")
         if self.stratify == "length" and self.form == "filter" and self.draw == "diversity":
             raise InvalidArgument("stratify must be none with draw diversity, got length; draw at random or by utility")
 
@@ -137,7 +150,7 @@ class OGSStatic:
     def needs(self) -> frozenset[str]:
         """The norm and the products behind utility and risk; sketches to centre or to draw by diversity."""
         names = {"norm"}
-        if self._ranks_by_utility and self.utility == "nearest":
+        if self._ranks_by_utility and self.utility in ("nearest", "each"):
             names |= {"sketch", "targets"}
         elif self._ranks_by_utility and self.utility == "hidden":
             names |= {"hidden", "hidden/targets"}
@@ -164,8 +177,8 @@ class OGSStatic:
 
         The trace holds `utility` and `risk` of every candidate (`overlap` where a mean counts so), their means, the references
         behind them and, for "top", the bound, λ (None where the order is by risk first) and (λ, mean risk, mean utility) for
-        every λ tried; `gap` bounds by how much the summed utility can fall short of the optimum. `rng` is used by draw "random"
-        only.
+        every λ tried; `gap` bounds by how much the summed utility can fall short of the optimum. With utility "each" the
+        utility is the largest cosine to any target, and there is no `gap`. `rng` is used by draw "random" only.
         """
         pool = problem.candidates
         references = self._risk_references(pool)
@@ -197,7 +210,10 @@ class OGSStatic:
         notes += zero_risk_note(scores["risk"], self.against, None if self._overlaps else "--risk overlap") + length_notes
 
         if self.form == "top":
-            chosen = self._top(scores, pool, budget)
+            turns = None
+            if self.utility == "each" and directions is not None and targets is not None:
+                turns = partial(take_turns, directions, targets, budget)
+            chosen = self._top(scores, pool, budget, turns)
         else:
             chosen = self._filter(scores, directions, pool, budget, rng)
         trace: dict[str, Any] = {name: values.tolist() for name, values in shown.items()}
@@ -229,6 +245,8 @@ class OGSStatic:
         return Directions.of(problem.targets, "hidden" if self.utility == "hidden" else None)
 
     def _utility(self, pool: Gradients, directions: Directions | None, targets: Directions | None) -> Tensor:
+        if directions is not None and targets is not None and self.utility == "each":
+            return best_cosine(directions, targets)
         if directions is not None and targets is not None:
             return nearest_targets(directions, targets, self.neighbours)
         utility = cosines(pool, "target")
@@ -239,7 +257,9 @@ class OGSStatic:
             return quantile_strata(pool.columns["completion_tokens"], self.bins, by_id)
         return torch.zeros(len(pool.ids), dtype=torch.long)
 
-    def _top(self, scores: Mapping[str, Tensor], pool: Gradients, budget: Budget) -> Selection:
+    def _top(
+        self, scores: Mapping[str, Tensor], pool: Gradients, budget: Budget, turns: Callable[[Tensor], Turns] | None
+    ) -> Selection:
         utility, risk = scores["utility"], scores["risk"]
         by_id = id_order(pool.ids)
         strata = self._strata(pool, by_id)
@@ -248,13 +268,20 @@ class OGSStatic:
         def payable(order: Tensor) -> Tensor:
             return within(order, pool, budget, risk, bound)
 
+        def order_at(penalty: float) -> Tensor:
+            if turns is not None:
+                return turns(penalty * risk).rows
+            return spread(best_first(utility - penalty * risk, safest), strata)
+
         safest = best_first(-risk, by_id)
-        found = trade(utility, risk, bound, safest, strata, lambda order: budget.take(payable(order), pool))
+        safe = spread(best_first(-risk, best_first(utility, safest)), strata)
+        precision = PRECISION if turns is None else TURNS_PRECISION
+        found = trade(order_at, utility, risk, bound, safe, lambda order: budget.take(payable(order), pool), precision)
         rows, shortfall = pay(payable(found.order), pool, budget)
         final, gap = -risk, None
         if found.penalty is not None:
             final = utility - found.penalty * risk
-        if found.penalty and budget.tokens is None:
+        if found.penalty and budget.tokens is None and turns is None:
             dual = final[rows].sum() + found.penalty * bound * len(rows)
             rows = exchange(rows, budget.take(found.riskier, pool), safest, risk, strata, bound)
             order = best_first(final, by_id)
@@ -279,10 +306,12 @@ class OGSStatic:
         if penalty > 0:
             return []
         conflict_of_mean = self.against in ("plain", "categories") and not self._overlaps
-        cures = ["--risk overlap", "--against contrast", "--form filter"] if conflict_of_mean else ["--form filter"]
+        cures = ["--risk overlap", "--against contrast"] if conflict_of_mean else []
+        cures += ["--form filter"] if self.utility != "each" else []
+        cures += ["a lower --bound"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
-            f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
+            f"anchor did not change the choice; to let it, use {_either(cures)}"
         ]
 
     def _filter(
@@ -310,6 +339,11 @@ class OGSStatic:
         rows, shortfall = pay(spread(order, self._strata(pool, by_id)), pool, budget)
         trace = {"dropped": sorted(dropped.tolist()), "threshold": risk[dropped].min().item() if len(dropped) else None}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
+
+
+def _either(ways: Sequence[str]) -> str:
+    """Writes ways to do something as a choice: a, b or c."""
+    return " or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
 
 
 def _behind(pool: Gradients, normalize: Normalize) -> list[str]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsieve.selectors.ranking import best_first, exact_mean, spread
+from gradsieve.selectors.ranking import exact_mean
 from gradsieve.types import Budget, Gradients
 
 LARGEST_PENALTY = 1e6
 """Above this λ a difference in risk of one millionth outweighs any utility: the order is by risk first, utility second."""
+
+PRECISION = 1e-12
+"""How near, relative to λ, the bisection comes to it."""
 
 TOLERANCE = 1e-12
 """On a mean risk, for the rounding of the mean itself."""
@@ -36,26 +39,31 @@ class Trade:
 
 
 def trade(
-    utility: Tensor, risk: Tensor, bound: float, safest: Tensor, strata: Tensor, take: Callable[[Tensor], Tensor]
+    order_at: Callable[[float], Tensor],
+    utility: Tensor,
+    risk: Tensor,
+    bound: float,
+    safe: Tensor,
+    take: Callable[[Tensor], Tensor],
+    precision: float = PRECISION,
 ) -> Trade:
-    """Returns the order by utility - λ·risk at the smallest λ whose choice has a mean risk within the bound (Eq. OGS-8).
+    """Returns the order at the smallest λ whose choice has a mean risk within the bound (Eq. OGS-8), found by bisection.
 
     max Σ a_i x_i with Σ x_i = k, Σ r_i x_i <= k·bound, 0 <= x <= 1 has the Lagrangian dual min_λ Σ top-k(a - λr) + λ·k·bound: a
-    choice by a - λr that meets the bound with equality is optimal. The mean risk of the top k falls in λ, hence the bisection.
-    (A token budget lets k vary with λ; then the bound is met too, but nothing is claimed about the optimum.)
+    choice by a - λr that meets the bound with equality is optimal, and its mean risk falls in λ. (A token budget lets k vary
+    with λ, and other orders than by a - λr need not fall everywhere: then the bound is met too, but nothing is claimed about
+    the optimum.)
 
     Args:
-        utility: float64 [n].
+        order_at: Gives the rows, best first, where a unit of risk costs λ ≥ 0 of utility.
+        utility: float64 [n], for the path alone.
         risk: float64 [n], NaN where the row may not be chosen.
         bound: On the mean risk of the rows taken.
-        safest: The rows one may choose from, by ascending risk, ties by id.
-        strata: int64 [n].
+        safe: The order by risk first and utility second.
         take: Cuts an order where the budget ends.
+        precision: How near, relative to λ, the bisection comes to it.
     """
     path: list[tuple[float, float, float]] = []
-
-    def order_at(penalty: float) -> Tensor:
-        return spread(best_first(utility - penalty * risk, safest), strata)
 
     def meets(order: Tensor) -> bool:
         return not exact_mean(risk[take(order)]) > bound + TOLERANCE
@@ -68,7 +76,6 @@ def trade(
     order = order_at(0.0)
     if tried(order, 0.0):
         return Trade(order, 0.0, order, path)
-    safe = spread(best_first(-risk, best_first(utility, safest)), strata)
     if not meets(safe):
         return Trade(safe, None, safe, path)
     low, riskier, high = 0.0, order, 1.0
@@ -76,7 +83,7 @@ def trade(
         low, riskier, high = high, order, 2 * high
         if high > LARGEST_PENALTY:
             return Trade(safe, None, safe, path)
-    while high - low > 1e-12 * high:
+    while high - low > precision * high:
         middle = (low + high) / 2
         trial = order_at(middle)
         if tried(trial, middle):
@@ -104,7 +111,7 @@ def exchange(rows: Tensor, riskier: Tensor, safest: Tensor, risk: Tensor, strata
     Args:
         rows: A choice that meets the bound: int64 [k].
         riskier: One that does not, with as many rows of each stratum: int64 [k].
-        safest: As in `trade`.
+        safest: The rows one may choose from, by ascending risk, ties by id.
         risk: float64 [n].
         strata: int64 [n].
         bound: On the mean risk of the chosen.

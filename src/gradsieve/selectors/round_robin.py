@@ -1,4 +1,4 @@
-"""Turns: each target in turn takes the candidate most like it that nobody took yet."""
+"""Turns: each target in turn takes the candidate most like it, less what that one costs, that nobody took yet."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ class Turns:
     best: Tensor
 
 
-def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> Turns:
+def take_turns(candidates: Directions, targets: Directions, budget: Budget, cost: Tensor | None = None) -> Turns:
     """Returns what the targets take in turns, in the order of their ids, until the budget is spent.
 
     Args:
         candidates: n rows; among equally similar ones the smaller id is taken first.
         targets: m rows of the same width.
         budget: With a budget in tokens a candidate that what is left does not pay for is passed over.
+        cost: What is taken off all of a candidate's cosines before the targets look at them, float64 [n]; nothing by default.
+            A candidate whose cost is NaN is not taken.
 
     Returns:
         The turns; O(n m d + m n log n) at most, with `PRODUCT_BYTES` for products.
@@ -57,7 +59,8 @@ def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> T
         raise InvalidArgument(f"the targets must be as wide as the candidates ({wide}), got {own}; extract one of them again")
     pool = candidates.gradients
     by_id = id_order(pool.ids)
-    among = by_id[~candidates.zero[by_id]]
+    cost = torch.zeros(len(pool.ids), dtype=torch.float64) if cost is None else cost
+    among = by_id[~(candidates.zero | cost.isnan())[by_id]]
     order = id_order(targets.gradients.ids)
     alive = order[~targets.zero[order]]
     T = targets.rows(alive)
@@ -66,17 +69,19 @@ def take_turns(candidates: Directions, targets: Directions, budget: Budget) -> T
     limit = min(budget.limit(pool), len(among))
     table = _Table(limit, len(pool.ids), pool.columns["tokens"] if budget.tokens is not None else None, budget.tokens or 0)
     length = min(len(among), max(LISTED // len(alive), 2 * math.ceil(limit / len(alive))))
-    best, lists = _lists(candidates, T, among, length)
+    best, lists = _lists(candidates, T, cost, among, length)
     table.serve(lists)
     while len(table.rows) < limit and len(among := among[table.open(among)]):  # a list ran out: new ones of what is left
-        table.serve(_lists(candidates, T, among, min(length, len(among)))[1])
+        table.serve(_lists(candidates, T, cost, among, min(length, len(among)))[1])
     similarity = torch.tensor(table.similarity, dtype=torch.float64)
     rows, takers = (torch.tensor(part, dtype=torch.long) for part in (table.rows, table.takers))
     return Turns(rows, alive[takers], similarity, best.where(~candidates.zero, torch.nan))
 
 
-def _lists(candidates: Directions, T: Tensor, among: Tensor, length: int) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
-    """Returns the largest cosine of each candidate, and per target its `length` most similar candidates with their cosines."""
+def _lists(
+    candidates: Directions, T: Tensor, cost: Tensor, among: Tensor, length: int
+) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
+    """Returns the largest cosine of each candidate, and per target the `length` candidates it wants most with their cosines."""
     best = torch.full((len(candidates.zero),), -torch.inf, dtype=torch.float64)
     lists = []
     for part in T.split(max(1, PRODUCT_BYTES // (8 * len(best)))):
@@ -84,11 +89,12 @@ def _lists(candidates: Directions, T: Tensor, among: Tensor, length: int) -> tup
         best = best.maximum(P.amax(1))
         for j in range(P.shape[1]):
             along = P[among, j]
-            if length < len(along):
-                far = (along >= along.topk(length).values[-1]).nonzero()[:, 0]
-                far = far[along[far].argsort(descending=True, stable=True)][:length]
+            worth = along - cost[among]
+            if length < len(worth):
+                far = (worth >= worth.topk(length).values[-1]).nonzero()[:, 0]
+                far = far[worth[far].argsort(descending=True, stable=True)][:length]
             else:
-                far = along.argsort(descending=True, stable=True)
+                far = worth.argsort(descending=True, stable=True)
             lists.append((among[far].numpy(), along[far].numpy()))
     return best, lists
 
@@ -119,7 +125,7 @@ class _Table:
         """Goes on with the turns until the limit, or until the target whose turn it is finds nothing in its list.
 
         Args:
-            lists: Per target its most similar candidates and their cosines.
+            lists: Per target the candidates it wants most, and their cosines.
         """
         places = [0] * len(lists)
         while len(self.rows) < self._limit:
