@@ -3,7 +3,7 @@
     python benchmarks/selection.py                          every method but embedding and ogs (benchmarks/ogs.py
                                                             measures that), 10,000 and 100,000 x 1024, 1 % chosen
     python benchmarks/selection.py --rows 1000000           a larger pool
-    python benchmarks/selection.py --methods g2is gradmatch some of them
+    python benchmarks/selection.py --methods g2is gradmatch some of them; "ogs-static utility=each" with a setting
     python benchmarks/selection.py --solvers                matching pursuit beside scikit-learn's, the gradient walk beside a
                                                             plain one
     python benchmarks/selection.py --simulate 10000000      PGM on a pool that is drawn anew in each pass and held nowhere
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from gradsieve.types import ArrayGradients, Budget, Problem, Reference
@@ -77,7 +78,8 @@ def _methods(arguments: argparse.Namespace) -> list[tuple[object, ...]]:
 
     if arguments.simulate:
         return [("simulation", arguments.simulate, 64, parts) for parts in (64, 16)]
-    names = arguments.methods or [name for name in SELECTORS if name not in ("embedding", "ogs")]
+    every = [*(name for name in SELECTORS if name not in ("embedding", "ogs")), "ogs-static utility=each bound=20"]
+    names = arguments.methods or every
     for n in arguments.rows:
         _measure(["writing", str(n), str(arguments.dim)], arguments.threads)
     return [("method", name, n, arguments.dim, arguments.budget) for name in names for n in arguments.rows]
@@ -161,9 +163,9 @@ def writing(n: str, d: str) -> dict[str, Any]:
         for role, part in parts.items():
             assert part is not None
             store = GradientStore(folder / role, Manifest({"benchmark": [role, n, d]}))
-            rows = torch.arange(len(part.ids))
-            for unit in store.plan(_keys(len(rows)), lambda new: [part.tolist() for part in torch.tensor(new).split(8192)]):
-                own = rows[unit.first_row : unit.first_row + len(unit.keys)]
+            keys = _keys(len(part.ids))
+            for unit in store.plan(keys, lambda new: [part.tolist() for part in torch.tensor(new).split(8192)]):
+                own = torch.tensor([int.from_bytes(key, "big") for key in unit.keys])
                 hidden = {"hidden": part.rows(own)[:, :576]}
                 columns = {name: column[own] for name, column in part.columns.items()}
                 store.commit(unit, {"base": part.rows(own), **hidden}, columns)
@@ -237,7 +239,9 @@ def simulation(n: str, d: str, parts: str) -> dict[str, Any]:
 def method(name: str, n: str, d: str, budget: str) -> dict[str, Any]:
     from gradsieve.selectors import SELECTORS
 
-    problem, selector = stored(int(n), int(d)), SELECTORS[name]()
+    kind, *settings = name.split()
+    values = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in settings)}
+    problem, selector = stored(int(n), int(d)), SELECTORS[kind](**values)
 
     def run() -> tuple[int, str]:
         selection = selector.select(problem, Budget.parse(budget), torch.Generator().manual_seed(0))

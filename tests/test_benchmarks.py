@@ -49,6 +49,19 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tiny_llama: Call
         assert peer in run.stdout
 
 
+def test_selecting_is_measured_from_a_store_that_it_writes(tmp_path: Path) -> None:
+    """Of two methods, one of them with a setting: they choose a tenth, and what they cost is there for machines."""
+    small = ["--rows", "300", "--dim", "32", "--budget", "10%", "--folder", str(tmp_path)]
+    small += ["--json", str(tmp_path / "table.json")]
+    methods = ["--methods", "rds", "ogs-static utility=each"]
+    command = [sys.executable, str(BENCHMARK.with_name("selection.py")), *small, *methods]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = json.loads((tmp_path / "table.json").read_text())
+    assert [(line["what"], line["n"], line["k"]) for line in lines] == [("rds", 300, 30), ("ogs-static utility=each", 300, 30)]
+    assert all(line["peak"] >= line["before"] > 0 for line in lines)
+
+
 @pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--dtype", "auto"], "bfloat16")])
 def test_the_navigator_is_compared_in_the_same_numbers_everywhere(
     flags: list[str], dtype: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradsieve.errors import InvalidArgument
+from gradsieve.selectors import round_robin
 from gradsieve.selectors.ogs_static import TURNS_PRECISION, OGSStatic
 from gradsieve.selectors.rds import RDS
 from gradsieve.types import ArrayGradients, Budget, Problem
@@ -75,6 +76,17 @@ def test_with_room_for_every_risk_it_is_rds_by_gradient(make_problem):
     free = select(problem, "20", bound=100.0)
     assert free.trace["lambda"] == 0
     assert torch.equal(free.rows, by_states.rows)
+
+
+def test_cosines_that_are_too_many_to_keep_are_made_again_with_the_same_choice(make_problem, monkeypatch):
+    problem = make_problem(50, m=7)
+    kept = select(problem, "20")
+    monkeypatch.setattr(round_robin, "CACHE_BYTES", 0)
+    monkeypatch.setattr(round_robin, "PRODUCT_BYTES", 8 * 50 * 3)
+    again = select(problem, "20")
+    assert kept.trace["lambda"] > 0
+    assert torch.equal(again.rows, kept.rows)
+    assert torch.equal(again.scores, kept.scores)
 
 
 def test_the_choice_is_as_mixed_as_the_target_where_the_mean_takes_one_kind():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from gradsieve.errors import InvalidArgument
 from gradsieve.selectors.directions import Directions, marginal_relevance
 from gradsieve.selectors.ogs_anchor import Normalize, anchor_column, anchor_cosine, anchor_notes, categories
 from gradsieve.selectors.ogs_threshold import PRECISION, TOLERANCE, exchange, trade, within
-from gradsieve.selectors.ogs_utility import best_cosine, centrality, centred, nearest_targets
+from gradsieve.selectors.ogs_utility import centrality, centred, nearest_targets
 from gradsieve.selectors.ranking import (
     Stratify,
     best_first,
@@ -29,7 +28,7 @@ from gradsieve.selectors.ranking import (
     spread,
 )
 from gradsieve.selectors.reading import check_choice, cosines, matching, reference_notes, require, zero_note
-from gradsieve.selectors.round_robin import Turns, take_turns
+from gradsieve.selectors.round_robin import Similar, take_turns
 from gradsieve.types import Budget, Gradients, Problem, Selection
 
 Against = Literal["contrast", "plain", "both", "categories"]
@@ -40,7 +39,7 @@ Draw = Literal["random", "diversity", "utility"]
 Risk = Literal["conflict", "overlap"]
 
 TURNS_PRECISION = 1e-4
-"""How near, relative to λ, the bisection comes to it where targets take turns: each λ tried costs all their cosines anew."""
+"""How near, relative to λ, the bisection comes to it where targets take turns: each λ tried sorts all their lists anew."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,10 @@ class OGSStatic:
             what = "hidden state" if self.utility == "hidden" else "gradient"
             notes += zero_note(targets.gradients, targets.zero, "ogs-static", "targets", what)
 
+        similar = None
+        if self.utility == "each" and directions is not None and targets is not None:
+            similar = Similar(directions, targets, keep=True)
+
         means = self.against == "categories"
         risks = [self._risk_of(cosines(pool, name), mean=means) for name in references]
         if self.against in ("plain", "both"):
@@ -202,7 +205,8 @@ class OGSStatic:
         risk = torch.stack(risks).amax(0)
         scores = {"risk": risk.where(~zero, torch.nan)}
         if self._ranks_by_utility:
-            scores["utility"] = self._utility(pool, states or directions, targets).where(~zero, torch.nan)
+            utility = self._utility(pool, states or directions, targets) if similar is None else similar.best()
+            scores["utility"] = utility.where(~zero, torch.nan)
             references = ["target", *references] if self.utility == "mean" else references
         shown = {"overlap" if name == "risk" and self._overlaps else name: values for name, values in scores.items()}
         correlation, length_notes = length_check(shown, pool)
@@ -210,10 +214,7 @@ class OGSStatic:
         notes += zero_risk_note(scores["risk"], self.against, None if self._overlaps else "--risk overlap") + length_notes
 
         if self.form == "top":
-            turns = None
-            if self.utility == "each" and directions is not None and targets is not None:
-                turns = partial(take_turns, directions, targets, budget)
-            chosen = self._top(scores, pool, budget, turns)
+            chosen = self._top(scores, similar, pool, budget)
         else:
             chosen = self._filter(scores, directions, pool, budget, rng)
         trace: dict[str, Any] = {name: values.tolist() for name, values in shown.items()}
@@ -245,8 +246,6 @@ class OGSStatic:
         return Directions.of(problem.targets, "hidden" if self.utility == "hidden" else None)
 
     def _utility(self, pool: Gradients, directions: Directions | None, targets: Directions | None) -> Tensor:
-        if directions is not None and targets is not None and self.utility == "each":
-            return best_cosine(directions, targets)
         if directions is not None and targets is not None:
             return nearest_targets(directions, targets, self.neighbours)
         utility = cosines(pool, "target")
@@ -257,9 +256,7 @@ class OGSStatic:
             return quantile_strata(pool.columns["completion_tokens"], self.bins, by_id)
         return torch.zeros(len(pool.ids), dtype=torch.long)
 
-    def _top(
-        self, scores: Mapping[str, Tensor], pool: Gradients, budget: Budget, turns: Callable[[Tensor], Turns] | None
-    ) -> Selection:
+    def _top(self, scores: Mapping[str, Tensor], similar: Similar | None, pool: Gradients, budget: Budget) -> Selection:
         utility, risk = scores["utility"], scores["risk"]
         by_id = id_order(pool.ids)
         strata = self._strata(pool, by_id)
@@ -269,19 +266,19 @@ class OGSStatic:
             return within(order, pool, budget, risk, bound)
 
         def order_at(penalty: float) -> Tensor:
-            if turns is not None:
-                return turns(penalty * risk).rows
+            if similar is not None:
+                return take_turns(similar, budget, penalty * risk).rows
             return spread(best_first(utility - penalty * risk, safest), strata)
 
         safest = best_first(-risk, by_id)
         safe = spread(best_first(-risk, best_first(utility, safest)), strata)
-        precision = PRECISION if turns is None else TURNS_PRECISION
+        precision = PRECISION if similar is None else TURNS_PRECISION
         found = trade(order_at, utility, risk, bound, safe, lambda order: budget.take(payable(order), pool), precision)
         rows, shortfall = pay(payable(found.order), pool, budget)
         final, gap = -risk, None
         if found.penalty is not None:
             final = utility - found.penalty * risk
-        if found.penalty and budget.tokens is None and turns is None:
+        if found.penalty and budget.tokens is None and similar is None:
             dual = final[rows].sum() + found.penalty * bound * len(rows)
             rows = exchange(rows, budget.take(found.riskier, pool), safest, risk, strata, bound)
             order = best_first(final, by_id)

@@ -64,12 +64,3 @@ def nearest_targets(directions: Directions, targets: Directions, neighbours: int
         similar = (U @ V.T - shift).topk(k, dim=1).values.mean(1)
         utility[rows] = torch.where(own > 1e-6, similar / own.where(own > 1e-6, 1.0).sqrt(), 0.0)
     return utility
-
-
-def best_cosine(directions: Directions, targets: Directions) -> Tensor:
-    """Returns the largest cosine of every row to a target: float64 [n]; O(nmd). Targets without a direction do not count."""
-    T = targets.rows((~targets.zero).nonzero().flatten())
-    best = torch.empty(len(directions.zero), dtype=torch.float64)
-    for rows, U in directions.blocks():
-        best[rows] = (U @ T.T).amax(1)
-    return best

@@ -10,7 +10,7 @@ import torch
 from gradsieve.selectors.directions import Directions
 from gradsieve.selectors.ranking import length_check, pay
 from gradsieve.selectors.reading import require, zero_note
-from gradsieve.selectors.round_robin import take_turns
+from gradsieve.selectors.round_robin import Similar, take_turns
 from gradsieve.types import Budget, Problem, Selection
 
 
@@ -59,14 +59,16 @@ def nearest_to_targets(problem: Problem, budget: Budget, representation: str, ne
     candidates, wanted = Directions.of(pool, representation), Directions.of(targets, representation)
     of = f"{representation} vector"
     notes = zero_note(pool, candidates.zero, method, of=of) + zero_note(targets, wanted.zero, method, "targets", of)
-    turns = take_turns(candidates, wanted, budget)
+    similar = Similar(candidates, wanted)
+    turns = take_turns(similar, budget)
+    best = similar.best()
     rows, shortfall = pay(turns.rows, pool, budget)
-    correlation, length_notes = length_check({"score": turns.best}, pool)
+    correlation, length_notes = length_check({"score": best}, pool)
     trace = {
         "similarity": turns.similarity[: len(rows)].tolist(),
         "targets_served": len(turns.taker[: len(rows)].unique()),
-        "targets": int((~wanted.zero).sum()),
+        "targets": len(similar.targets),
         "length_correlation": correlation,
     }
     weights = torch.ones(len(rows), dtype=torch.float64)
-    return Selection(rows, weights, turns.best, trace, (*notes, *length_notes, *shortfall))
+    return Selection(rows, weights, best, trace, (*notes, *length_notes, *shortfall))

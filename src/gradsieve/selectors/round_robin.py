@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsieve.errors import InvalidArgument
-from gradsieve.selectors.directions import Directions
+from gradsieve.selectors.directions import CACHE_BYTES, Directions
 from gradsieve.selectors.ranking import id_order
 from gradsieve.types import Budget
 
@@ -29,74 +29,112 @@ class Turns:
         rows: Candidates in the order they were taken, int64 [k].
         taker: For each, the target that took it, int64 [k].
         similarity: For each, its cosine to that target, float64 [k].
-        best: For every candidate its largest cosine to a target, float64 [n]; NaN where it has no direction.
     """
 
     rows: Tensor
     taker: Tensor
     similarity: Tensor
-    best: Tensor
 
 
-def take_turns(candidates: Directions, targets: Directions, budget: Budget, cost: Tensor | None = None) -> Turns:
+class Similar:
+    """The cosines of candidates to targets, some targets at a time.
+
+    Attributes:
+        candidates: n rows.
+        targets: The targets that have a direction, in the order of their ids: rows int64 [m] of what was given.
+    """
+
+    def __init__(self, candidates: Directions, targets: Directions, keep: bool = False) -> None:
+        """Checks that they go together.
+
+        Args:
+            candidates: n rows.
+            targets: Rows of the same width.
+            keep: Keep the cosines for the next time, where all are at most `CACHE_BYTES`.
+
+        Raises:
+            InvalidArgument: The widths differ, or no target has a direction.
+        """
+        wide, own = (len(part.mean) for part in (candidates, targets))
+        if wide != own:
+            raise InvalidArgument(
+                f"the targets must be as wide as the candidates ({wide}), got {own}; extract one of them again"
+            )
+        order = id_order(targets.gradients.ids)
+        self.candidates, self.targets = candidates, order[~targets.zero[order]]
+        if not len(self.targets):
+            raise InvalidArgument(f"a target must have a direction to take turns, got only zeros in {len(order)}; give others")
+        self._rows = targets.rows(self.targets)
+        self._best = torch.full((len(candidates.zero),), -torch.inf, dtype=torch.float64)
+        self._seen = False
+        self._kept: list[Tensor] = []
+        self._keep = keep and 8 * len(candidates.zero) * len(self.targets) <= CACHE_BYTES
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yields the cosines, float64 [q, n], of the targets in their order; O(nmd), or O(nm) where they were kept."""
+        if self._seen and self._keep:
+            yield from self._kept
+            return
+        self._kept.clear()
+        for rows in self._rows.split(max(1, PRODUCT_BYTES // (8 * len(self.candidates.zero)))):
+            cosines = self.candidates.products(rows.T).T.contiguous()
+            self._best = self._best.maximum(cosines.amax(0))
+            if self._keep:
+                self._kept.append(cosines)
+            yield cosines
+        self._seen = True
+
+    def best(self) -> Tensor:
+        """Returns the largest cosine of every candidate to a target: float64 [n], NaN where it has no direction."""
+        for _ in self.parts() if not self._seen else ():
+            pass
+        return self._best.where(~self.candidates.zero, torch.nan)
+
+
+def take_turns(similar: Similar, budget: Budget, cost: Tensor | None = None) -> Turns:
     """Returns what the targets take in turns, in the order of their ids, until the budget is spent.
 
     Args:
-        candidates: n rows; among equally similar ones the smaller id is taken first.
-        targets: m rows of the same width.
+        similar: n candidates and m targets; among equally similar candidates the smaller id is taken first.
         budget: With a budget in tokens a candidate that what is left does not pay for is passed over.
         cost: What is taken off all of a candidate's cosines before the targets look at them, float64 [n]; nothing by default.
             A candidate whose cost is NaN is not taken.
 
     Returns:
         The turns; O(n m d + m n log n) at most, with `PRODUCT_BYTES` for products.
-
-    Raises:
-        InvalidArgument: The widths differ, or no target has a direction.
     """
-    wide, own = (len(part.mean) for part in (candidates, targets))
-    if wide != own:
-        raise InvalidArgument(f"the targets must be as wide as the candidates ({wide}), got {own}; extract one of them again")
+    candidates, targets = similar.candidates, similar.targets
     pool = candidates.gradients
     by_id = id_order(pool.ids)
     cost = torch.zeros(len(pool.ids), dtype=torch.float64) if cost is None else cost
     among = by_id[~(candidates.zero | cost.isnan())[by_id]]
-    order = id_order(targets.gradients.ids)
-    alive = order[~targets.zero[order]]
-    T = targets.rows(alive)
-    if not len(alive):
-        raise InvalidArgument(f"a target must have a direction to take turns, got only zeros in {len(order)}; give others")
     limit = min(budget.limit(pool), len(among))
     table = _Table(limit, len(pool.ids), pool.columns["tokens"] if budget.tokens is not None else None, budget.tokens or 0)
-    length = min(len(among), max(LISTED // len(alive), 2 * math.ceil(limit / len(alive))))
-    best, lists = _lists(candidates, T, cost, among, length)
-    table.serve(lists)
+    length = min(
+        limit, max(LISTED // len(targets), 2 * math.ceil(limit / len(targets)))
+    )  # `limit` never runs out but of tokens
+    table.serve(_lists(similar, cost, among, length))
     while len(table.rows) < limit and len(among := among[table.open(among)]):  # a list ran out: new ones of what is left
-        table.serve(_lists(candidates, T, cost, among, min(length, len(among)))[1])
+        table.serve(_lists(similar, cost, among, min(length, len(among))))
     similarity = torch.tensor(table.similarity, dtype=torch.float64)
     rows, takers = (torch.tensor(part, dtype=torch.long) for part in (table.rows, table.takers))
-    return Turns(rows, alive[takers], similarity, best.where(~candidates.zero, torch.nan))
+    return Turns(rows, targets[takers], similarity)
 
 
-def _lists(
-    candidates: Directions, T: Tensor, cost: Tensor, among: Tensor, length: int
-) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
-    """Returns the largest cosine of each candidate, and per target the `length` candidates it wants most with their cosines."""
-    best = torch.full((len(candidates.zero),), -torch.inf, dtype=torch.float64)
-    lists = []
-    for part in T.split(max(1, PRODUCT_BYTES // (8 * len(best)))):
-        P = candidates.products(part.T)
-        best = best.maximum(P.amax(1))
-        for j in range(P.shape[1]):
-            along = P[among, j]
-            worth = along - cost[among]
+def _lists(similar: Similar, cost: Tensor, among: Tensor, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns, per target, the `length` candidates it wants most with their cosines."""
+    lists, price = [], cost[among]
+    for cosines in similar.parts():
+        for of_target in cosines:
+            along = of_target[among]
+            worth = along - price
             if length < len(worth):
                 far = (worth >= worth.topk(length).values[-1]).nonzero()[:, 0]
                 far = far[worth[far].argsort(descending=True, stable=True)][:length]
             else:
                 far = worth.argsort(descending=True, stable=True)
             lists.append((among[far].numpy(), along[far].numpy()))
-    return best, lists
+    return lists
 
 
 class _Table:
