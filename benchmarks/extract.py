@@ -233,7 +233,8 @@ def main() -> None:
     shapes = options.shape or (["3x128"] if options.quick else ["8x128", "4x256", "lognormal"])
     repeats = options.repeats or (3 if options.quick else 5)
     model = load(options.model, layers, DTYPES[options.dtype], options.device)
-    found, summary, missing = list[dict[str, Any]](), {}, {}
+    found, summary = list[dict[str, Any]](), {}
+    missing: dict[str, str] = {}
     for number, shape in enumerate(shapes):
         batches = draw_batches(shape, model.config.vocab_size, options.device)
         rows, missing = rows_for(model, batches, options, check=not options.no_check and number == 0)

@@ -51,7 +51,7 @@ def cost(model: Any, suite: Suite, tokenizer: Any) -> dict[str, float]:
     seconds = {}
     for name, metrics in (("losses", LOSSES), ("losses and KL", (*LOSSES, "kl"))):
         start = time.process_time()
-        measure(model, suite, tokenizer=tokenizer, metrics=metrics)  # type: ignore[arg-type]
+        measure(model, suite, tokenizer=tokenizer, metrics=metrics)
         seconds[name] = 1000 * (time.process_time() - start) / tokens
     return seconds
 
@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     source = find_model("demo")
     model, tokenizer = source.load(torch.float32, "cpu"), source.tokenizer
-    general: dict[str, list[Example]] = {name: demo_general(name, size=options.items) for name in ("arithmetic", "knowledge")}  # type: ignore[arg-type]
+    general: dict[str, list[Example]] = {name: demo_general(name, size=options.items) for name in ("arithmetic", "knowledge")}
     suite = Suite.of(tokenizer, target={"definitions": demo_test(size=options.items)}, general=general)
     recipe = Recipe(steps=options.steps, batch=8, learning_rate=2e-4, schedule="constant", warmup=0.0)
     rows = tokenize(wrong_arithmetic(8 * options.steps), tokenizer).tokens

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradsieve.selectors.ogs import OGS
@@ -65,7 +66,8 @@ def agents() -> None:
         seen, _ = env.reset()
         theirs, over = 0.0, False
         while not over:
-            seen, reward, over, _, _ = env.step(agent.predict(seen, action_masks=env.action_masks(), deterministic=True)[0])
+            action, _ = agent.predict(seen, action_masks=env.action_masks(), deterministic=True)
+            seen, reward, over, _, _ = env.step(np.int64(action))
             theirs += reward
         print(f"  {seed}  {ours / theirs:.4f}")
 
@@ -85,7 +87,7 @@ def big(n: int, d: int = 1024, m: int = 300) -> Problem:
         columns = dict(ArrayGradients.from_matrix(G, references=means).columns) | {"loss": torch.full((len(G),), 2.0)}
         return ArrayGradients([f"{i:06d}" for i in range(len(G))], G, columns)
 
-    return Problem(**{name: gradients(G) for name, G in parts.items()})
+    return Problem(gradients(parts["candidates"]), gradients(parts["targets"]), gradients(parts["anchors"]))
 
 
 def steps_per_second(sim: Simulator, episodes: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +79,13 @@ def main() -> None:
     reference, held_out = split_anchor(tokens["anchor"])
     kept = {role: part.examples for role, part in tokens.items()}
     kept["anchor"] = [reference.examples[i] for i in reference.kept]
-    files = {}
+    files: dict[str, Any] = {}
     for role, examples in kept.items():
-        files[role] = out / f"{role}.jsonl"
-        files[role].write_bytes(b"".join(example.raw + b"\n" for example in examples))
-    needs = {"model": arguments.model, "store": str(out / "store"), "max_length": 256, "dtype": arguments.dtype}
-    extraction = extract(Job(**needs, **{role: (str(file),) for role, file in files.items()}))
+        file = out / f"{role}.jsonl"
+        file.write_bytes(b"".join(example.raw + b"\n" for example in examples))
+        files[role] = (str(file),)
+    needs: dict[str, Any] = {"model": arguments.model, "store": str(out / "store"), "max_length": 256, "dtype": arguments.dtype}
+    extraction = extract(Job(**needs, **files))
     problem, dtype = extraction.problem, extraction.job.dtype
     pool = problem.candidates
     assert problem.targets is not None

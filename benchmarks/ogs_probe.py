@@ -186,7 +186,9 @@ def main() -> None:
         sizes = arguments.size, arguments.target, arguments.anchor
         data = from_folder(arguments.data, *sizes, seed) if arguments.data else from_demo(*sizes, seed)
         store = Path(arguments.store) / f"{arguments.data.name if arguments.data else 'demo'}-{seed}"
-        files = {role: (str(write(store.parent / f"{store.name}.{role}.jsonl", part)),) for role, part in data.items()}
+        files: dict[str, Any] = {
+            role: (str(write(store.parent / f"{store.name}.{role}.jsonl", part)),) for role, part in data.items()
+        }
         problem = extract(
             Job(
                 model=arguments.model,

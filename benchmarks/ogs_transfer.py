@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def untrained(folder: Path, out: Path, layers: int) -> Path:
     return saved(AutoModelForCausalLM.from_config(config).to(torch.bfloat16), folder, out)
 
 
-def saved(model: torch.nn.Module, folder: Path, out: Path) -> Path:
+def saved(model: Any, folder: Path, out: Path) -> Path:
     model.save_pretrained(out)
     for file in folder.iterdir():
         if not (out / file.name).exists() and file.suffix != ".safetensors" and file.is_file():

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,12 @@ def problem_of(n: int, d: int, shared_by_all: float = 1.0) -> Problem:
     means = {"target": target.float().mean(0), "anchor": anchor.float().mean(0)}
     means |= {"anchor:a": anchor[:half].float().mean(0), "anchor:b": anchor[half:].float().mean(0)}
     means |= {f"contrast/{name}": means[name] - wrong for name in ("target", "anchor:a", "anchor:b")}
-    parts = [_part(name, G, means, rng) for name, G in (("pool", pool), ("target", target), ("anchor", anchor))]
-    return Problem(*parts, references={name: Reference(float(r.norm()), TARGETS, 0.9) for name, r in means.items()})
+    pool_of, targets, anchors = (
+        _part(name, G, means, rng) for name, G in (("pool", pool), ("target", target), ("anchor", anchor))
+    )
+    return Problem(
+        pool_of, targets, anchors, references={name: Reference(float(r.norm()), TARGETS, 0.9) for name, r in means.items()}
+    )
 
 
 def _part(name: str, G: Tensor, means: dict[str, Tensor], rng: torch.Generator) -> ArrayGradients:
@@ -183,8 +187,13 @@ def stored(n: int, d: int) -> Problem:
 
     folder = _folder(n, d)
     done = json.loads((folder / "done.json").read_text())
-    views = [GradientStore.open(folder / role).view(ids, _keys(len(ids))) for role, ids in done["ids"].items()]
-    return Problem(*views, references={name: Reference(*facts) for name, facts in done["references"].items()})
+    views = {role: GradientStore.open(folder / role).view(ids, _keys(len(ids))) for role, ids in done["ids"].items()}
+    return Problem(
+        views["pool"],
+        views["target"],
+        views["anchor"],
+        references={name: Reference(*facts) for name, facts in done["references"].items()},
+    )
 
 
 def _folder(n: int, d: int) -> Path:
@@ -201,10 +210,11 @@ class Drawn:
     """Gradients that are drawn anew whenever they are read: topics, a shared direction, noise."""
 
     checkpoints, representations = ("base",), ()
+    columns: Mapping[str, Tensor] = {}
 
     def __init__(self, n: int, d: int, seed: int) -> None:
         self.ids = [f"{(i * 7919) % n:08d}" for i in range(n)]
-        self.dim, self.columns, self._seed = d, {}, seed
+        self.dim, self._seed = d, seed
         rng = torch.Generator().manual_seed(0)
         self._topics, self._shared = torch.randn(TOPICS, d, generator=rng), torch.randn(d, generator=rng)
 

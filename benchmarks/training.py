@@ -30,7 +30,7 @@ from gradsieve.models import find_model
 from gradsieve.train import Recipe, finetune
 from measuring import machine, versions
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "TRL's SFTTrainer": {"trl": True},
     "ours": {},
     "ours, A-GEM with as many anchor examples": {"surgery": "agem"},
@@ -68,7 +68,7 @@ def with_trl(model: Any, tokenizer: Any, tokens: Sequence[Tokens], out: Path) ->
 
     marks: list[float] = []
 
-    class Marks(TrainerCallback):
+    class Marks(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             marks.append(time.process_time())
 
@@ -124,7 +124,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(measure(WAYS[options.way], options.batch)))
         return
-    print(f"{machine()}; {versions()}")
+    print(f"{machine('cpu')}; {versions()}")
     rows = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--batch", str(options.batch)]
@@ -132,7 +132,7 @@ def main() -> None:
         rows[way] = json.loads(ran.stdout.splitlines()[-1])
         print(f"{way:40s} {rows[way]['seconds per step']:8.1f} s per step {rows[way]['peak GiB']:6.2f} GiB", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "versions": versions(), "ways": rows}, indent=1))
+        options.json.write_text(json.dumps({"machine": machine("cpu"), "versions": versions(), "ways": rows}, indent=1))
 
 
 if __name__ == "__main__":
