@@ -33,8 +33,8 @@ class Alignment:
     def __str__(self) -> str:
         return (
             f"the chosen point one way: two of their gradients have a mean cosine of {self.chosen:.2f}, two of the pool's "
-            f"{self.pool:.2f}; steps add up, and what else the target holds may be missing: look at what was chosen, spread "
-            "it, or halve the learning rate"
+            f"{self.pool:.2f}; steps add up, and what else the target holds may be missing: look at what was chosen, let every "
+            "target take in its turn (ogs-static --utility each, rds), or halve the learning rate"
         )
 
 
