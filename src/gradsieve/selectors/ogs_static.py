@@ -177,7 +177,8 @@ class OGSStatic:
         The trace holds `utility` and `risk` of every candidate (`overlap` where a mean counts so), their means, the references
         behind them and, for "top", the bound, λ (None where the order is by risk first) and (λ, mean risk, mean utility) for
         every λ tried; `gap` bounds by how much the summed utility can fall short of the optimum. With utility "each" the
-        utility is the largest cosine to any target, and there is no `gap`. `rng` is used by draw "random" only.
+        utility is the largest cosine to any target, there is no `gap`, and the trace says for how many of the targets something
+        was taken. `rng` is used by draw "random" only.
         """
         pool = problem.candidates
         references = self._risk_references(pool)
@@ -285,7 +286,11 @@ class OGSStatic:
             rows = spread(order[torch.isin(order, rows)], strata)
             gap = max(0.0, (dual - utility[rows].sum()).item())
         notes = self._penalty_notes(found.penalty, exact_mean(risk[rows]), bound)
-        trace = {"bound": bound, "lambda": found.penalty, "path": [list(step) for step in sorted(found.path)], "gap": gap}
+        trace: dict[str, Any] = {"bound": bound, "lambda": found.penalty, "gap": gap}
+        trace["path"] = [list(step) for step in sorted(found.path)]
+        if similar is not None and found.penalty is not None:
+            takers = take_turns(similar, budget, found.penalty * risk).taker
+            trace |= {"targets_served": len(takers.unique()), "targets": len(similar.targets)}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
 
     def _penalty_notes(self, penalty: float | None, mean_risk: float, bound: float) -> list[str]:
