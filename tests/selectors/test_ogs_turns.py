@@ -107,7 +107,7 @@ def test_the_choice_is_as_mixed_as_the_target_where_the_mean_takes_one_kind():
         method = OGSStatic(utility=utility, bound=100.0)
         return int((method.select(problem, Budget.parse("16"), torch.Generator()).rows >= 30).sum())
 
-    trace = OGSStatic(utility="each").select(problem, Budget.parse("5"), torch.Generator()).trace
+    trace = OGSStatic(utility="each", bound=100.0).select(problem, Budget.parse("5"), torch.Generator()).trace
     assert (trace["targets_served"], trace["targets"]) == (5, 8)
     assert of_the_rare("mean") == 0
     assert of_the_rare("each") == 4
