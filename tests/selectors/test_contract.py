@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # settings beside the defaults th
         {"against": "categories", "utility": "nearest", "neighbours": 2},
         {"against": "both", "utility": "hidden", "neighbours": 2},
         {"against": "both", "utility": "each", "bound": 30.0},
+        {"form": "filter", "drop": 20.0, "draw": "utility", "utility": "each"},
         {"against": "both", "normalize": "category"},
     ],
 }

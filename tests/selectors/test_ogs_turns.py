@@ -23,8 +23,8 @@ def unit(rows):
     return (torch.nn.functional.normalize(rows.double(), dim=1) * 2**24).round() / 2**24
 
 
-def walk(problem, penalty, risk, k, tokens=None, purse=0):
-    """The rows that targets, by id, take one after another by cosine - λ·risk; of what `purse` still pays for."""
+def walk(problem, penalty, risk, k, tokens=None, purse=0, without=()):
+    """The rows that targets, by id, take one after another by cosine - λ·risk; of what `purse` still pays for, if of tokens."""
     pool, targets = problem.candidates, problem.targets
     cosine = unit(pool.rows(torch.arange(len(pool.ids)))) @ unit(targets.rows(torch.arange(len(targets.ids)))).T
     worth = cosine - penalty * risk[:, None]
@@ -32,7 +32,7 @@ def walk(problem, penalty, risk, k, tokens=None, purse=0):
     for turn in range(k):
         target = sorted(range(len(targets.ids)), key=targets.ids.__getitem__)[turn % len(targets.ids)]
         left = purse - sum(tokens[row] for row in taken) if tokens else 0
-        free = [row for row in range(len(pool.ids)) if row not in taken and (not tokens or tokens[row] <= left)]
+        free = [row for row in range(len(pool.ids)) if row not in (*taken, *without) and (not tokens or tokens[row] <= left)]
         if not free:
             break
         taken.append(min(free, key=lambda row: (-worth[row, target].item(), pool.ids[row])))
@@ -153,10 +153,15 @@ def test_zero_rows_and_targets_take_no_part_by_name(make_problem):
         select(problem, "5")
 
 
-def test_what_lets_the_anchor_count_is_said_without_a_form_that_is_refused(make_problem):
-    notes = select(make_problem(30, m=4), "10", bound=100.0).notes
-    assert any("to let it, use a lower --bound" in note for note in notes)
-    assert not any("--form filter" in note for note in notes)
+def test_from_what_a_filter_leaves_the_targets_take_in_turns(make_problem):
+    problem = make_problem(40, m=6)
+    selection, risk = select(problem, "12", form="filter", drop=25.0, draw="utility"), overlap(problem)
+    dropped = risk.argsort(descending=True)[:10].tolist()
+    assert selection.trace["dropped"] == sorted(dropped)
+    rows, best = walk(problem, 0.0, risk, 12, without=dropped)
+    assert selection.rows.tolist() == rows
+    assert selection.scores.isnan().nonzero()[:, 0].tolist() == sorted(dropped)
+    assert torch.allclose(selection.scores.nan_to_num(), best.index_fill(0, torch.tensor(dropped), 0.0), atol=1e-6)
 
 
 def test_a_cost_decides_who_is_taken_and_not_how_similar_it_is():
@@ -171,8 +176,8 @@ def test_a_cost_decides_who_is_taken_and_not_how_similar_it_is():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"form": "filter", "draw": "utility"}, "utility each must go with form top, got filter"),
-        ({"stratify": "length"}, "stratify must be none with utility each, got length"),
+        ({"stratify": "length"}, "stratify must be none with utility each, got length; use utility mean"),
+        ({"stratify": "length", "form": "filter", "draw": "utility"}, "stratify must be none with utility each"),
         ({"center": True}, "center must be off with utility each"),
     ],
 )

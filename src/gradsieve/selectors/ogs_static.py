@@ -72,7 +72,7 @@ class OGSStatic:
             of a mixed target averages away, and reads sketches; "hidden": the same of last hidden states in place of gradients,
             which tell what a text is about better, and nothing of what training on it does; "each": every target in its turn
             takes the example with the largest cosine to it minus λ times risk, as `rds` does by hidden states and without risk,
-            so that the choice is as mixed as the target; it reads sketches. Only with form "top", and not stratified.
+            so that the choice is as mixed as the target; it reads sketches, and is not stratified.
         neighbours: Targets that count with utility "nearest" or "hidden", at least 1; all of them where there are fewer.
         form: "top" takes the best by utility minus λ times risk; "filter" drops the riskiest and draws from the rest.
         bound: With form "top", how risky the chosen may be on average, in percent of `bound_of`, from 0 to 100.
@@ -138,10 +138,8 @@ class OGSStatic:
             raise InvalidArgument(
                 f"center must be off with utility {self.utility}, which takes the pool's mean direction out itself"
             )
-        if self.utility == "each" and self.form != "top":
-            raise InvalidArgument(f"utility each must go with form top, got {self.form}; targets cannot take turns at a draw")
-        if self.utility == "each" and self.stratify != "none":
-            raise InvalidArgument("stratify must be none with utility each, got length; the targets decide the lengths")
+        if self.utility == "each" and self._ranks_by_utility and self.stratify != "none":
+            raise InvalidArgument("stratify must be none with utility each, got length; use utility mean")
         if self.stratify == "length" and self.form == "filter" and self.draw == "diversity":
             raise InvalidArgument("stratify must be none with draw diversity, got length; draw at random or by utility")
 
@@ -217,7 +215,7 @@ class OGSStatic:
         if self.form == "top":
             chosen = self._top(scores, similar, pool, budget)
         else:
-            chosen = self._filter(scores, directions, pool, budget, rng)
+            chosen = self._filter(scores, directions, similar, pool, budget, rng)
         trace: dict[str, Any] = {name: values.tolist() for name, values in shown.items()}
         trace |= {f"mean_{name}": exact_mean(values[chosen.rows]) for name, values in scores.items()}
         trace |= {f"pool_mean_{name}": exact_mean(values) for name, values in scores.items()}
@@ -309,15 +307,20 @@ class OGSStatic:
             return []
         conflict_of_mean = self.against in ("plain", "categories") and not self._overlaps
         cures = ["--risk overlap", "--against contrast"] if conflict_of_mean else []
-        cures += ["--form filter"] if self.utility != "each" else []
-        cures += ["a lower --bound"]
+        cures += ["--form filter", "a lower --bound"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
             f"anchor did not change the choice; to let it, use {_either(cures)}"
         ]
 
     def _filter(
-        self, scores: Mapping[str, Tensor], directions: Directions | None, pool: Gradients, budget: Budget, rng: torch.Generator
+        self,
+        scores: Mapping[str, Tensor],
+        directions: Directions | None,
+        similar: Similar | None,
+        pool: Gradients,
+        budget: Budget,
+        rng: torch.Generator,
     ) -> Selection:
         risk, by_id = scores["risk"], id_order(pool.ids)
         riskiest = best_first(risk, by_id)
@@ -335,7 +338,7 @@ class OGSStatic:
             order, _ = marginal_relevance(directions, centrality(directions) / 2, 0.5, kept, budget)
         elif self.draw == "utility":
             final = scores["utility"].where(keep, torch.nan)
-            order = best_first(final, by_id)
+            order = best_first(final, by_id) if similar is None else take_turns(similar, budget, final * 0).rows
         else:
             order = kept[torch.randperm(len(kept), generator=rng)]
         rows, shortfall = pay(spread(order, self._strata(pool, by_id)), pool, budget)
