@@ -49,7 +49,7 @@ def test_the_table_for_machines_has_every_row_and_exact_columns(tiny_llama: Call
         assert peer in run.stdout
 
 
-def test_selecting_is_measured_from_a_store_that_it_writes(tmp_path: Path) -> None:
+def test_selecting_is_measured_from_a_store_that_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two methods, one of them with a setting: they choose a tenth, and what they cost is there for machines."""
     small = ["--rows", "300", "--dim", "32", "--budget", "10%", "--folder", str(tmp_path)]
     small += ["--json", str(tmp_path / "table.json")]
@@ -60,6 +60,11 @@ def test_selecting_is_measured_from_a_store_that_it_writes(tmp_path: Path) -> No
     lines = json.loads((tmp_path / "table.json").read_text())
     assert [(line["what"], line["n"], line["k"]) for line in lines] == [("rds", 300, 30), ("ogs-static utility=each", 300, 30)]
     assert all(line["peak"] >= line["before"] > 0 for line in lines)
+    monkeypatch.setenv("GRADSIEVE_BENCHMARK", str(tmp_path))
+    made, rows = runpy.run_path(str(BENCHMARK.with_name("selection.py"))), torch.arange(300)
+    written, drawn = made["stored"](300, 32).candidates, made["problem_of"](300, 32).candidates
+    assert list(written.ids) == list(drawn.ids)
+    assert torch.equal(written.rows(rows).float(), drawn.rows(rows).float())
 
 
 @pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--dtype", "auto"], "bfloat16")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -110,9 +110,7 @@ class OGSStatic:
         "agreement of an example's gradient with the target, held against how far it moves general abilities"
     )
     reads: ClassVar[str] = "target and anchor cosines (exact)"
-    cost: ClassVar[str] = (
-        "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest or hidden O(nmd), each some 20 times that"
-    )
+    cost: ClassVar[str] = "O(n log n); draw diversity O(ndk) at most; center O(nd); utility nearest, hidden or each O(nmd)"
     source: ClassVar[str] = "OGS, arXiv:2602.06359, without its policy"
 
     def __post_init__(self) -> None:
@@ -264,9 +262,13 @@ class OGSStatic:
         def payable(order: Tensor) -> Tensor:
             return within(order, pool, budget, risk, bound)
 
+        takers: dict[float, Tensor] = {}
+
         def order_at(penalty: float) -> Tensor:
             if similar is not None:
-                return take_turns(similar, budget, penalty * risk).rows
+                turns = take_turns(similar, budget, penalty * risk)
+                takers[penalty] = turns.taker
+                return turns.rows
             return spread(best_first(utility - penalty * risk, safest), strata)
 
         safest = best_first(-risk, by_id)
@@ -287,8 +289,7 @@ class OGSStatic:
         trace: dict[str, Any] = {"bound": bound, "lambda": found.penalty, "gap": gap}
         trace["path"] = [list(step) for step in sorted(found.path)]
         if similar is not None and found.penalty is not None:
-            takers = take_turns(similar, budget, found.penalty * risk).taker
-            trace |= {"targets_served": len(takers.unique()), "targets": len(similar.targets)}
+            trace |= {"targets_served": len(takers[found.penalty].unique()), "targets": len(similar.targets)}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
 
     def _penalty_notes(self, penalty: float | None, mean_risk: float, bound: float) -> list[str]:
@@ -306,11 +307,10 @@ class OGSStatic:
         if penalty > 0:
             return []
         conflict_of_mean = self.against in ("plain", "categories") and not self._overlaps
-        cures = ["--risk overlap", "--against contrast"] if conflict_of_mean else []
-        cures += ["--form filter", "a lower --bound"]
+        cures = ["--risk overlap", "--against contrast", "--form filter"] if conflict_of_mean else ["--form filter"]
         return [
             f"λ not binding: the examples of largest utility have a mean risk of {mean_risk:.4g}, within {limit}, so the "
-            f"anchor did not change the choice; to let it, use {_either(cures)}"
+            f"anchor did not change the choice; to let it, use {', '.join(cures)} or a lower --bound"
         ]
 
     def _filter(
@@ -344,11 +344,6 @@ class OGSStatic:
         rows, shortfall = pay(spread(order, self._strata(pool, by_id)), pool, budget)
         trace = {"dropped": sorted(dropped.tolist()), "threshold": risk[dropped].min().item() if len(dropped) else None}
         return Selection(rows, torch.ones(len(rows), dtype=torch.float64), final, trace, (*notes, *shortfall))
-
-
-def _either(ways: Sequence[str]) -> str:
-    """Writes ways to do something as a choice: a, b or c."""
-    return " or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
 
 
 def _behind(pool: Gradients, normalize: Normalize) -> list[str]:

@@ -45,7 +45,7 @@ def trade(
     bound: float,
     safe: Tensor,
     take: Callable[[Tensor], Tensor],
-    precision: float = PRECISION,
+    precision: float,
 ) -> Trade:
     """Returns the order at the smallest λ whose choice has a mean risk within the bound (Eq. OGS-8), found by bisection.
 

@@ -41,6 +41,7 @@ class Similar:
 
     Attributes:
         candidates: n rows.
+        by_id: Their `id_order`.
         targets: The targets that have a direction, in the order of their ids: rows int64 [m] of what was given.
     """
 
@@ -61,7 +62,8 @@ class Similar:
                 f"the targets must be as wide as the candidates ({wide}), got {own}; extract one of them again"
             )
         order = id_order(targets.gradients.ids)
-        self.candidates, self.targets = candidates, order[~targets.zero[order]]
+        self.candidates, self.by_id = candidates, id_order(candidates.gradients.ids)
+        self.targets = order[~targets.zero[order]]
         if not len(self.targets):
             raise InvalidArgument(f"a target must have a direction to take turns, got only zeros in {len(order)}; give others")
         self._rows = targets.rows(self.targets)
@@ -78,7 +80,7 @@ class Similar:
         self._kept.clear()
         for rows in self._rows.split(max(1, PRODUCT_BYTES // (8 * len(self.candidates.zero)))):
             cosines = self.candidates.products(rows.T).T.contiguous()
-            self._best = self._best.maximum(cosines.amax(0))
+            self._best = self._best if self._seen else self._best.maximum(cosines.amax(0))
             if self._keep:
                 self._kept.append(cosines)
             yield cosines
@@ -105,14 +107,12 @@ def take_turns(similar: Similar, budget: Budget, cost: Tensor | None = None) -> 
     """
     candidates, targets = similar.candidates, similar.targets
     pool = candidates.gradients
-    by_id = id_order(pool.ids)
     cost = torch.zeros(len(pool.ids), dtype=torch.float64) if cost is None else cost
-    among = by_id[~(candidates.zero | cost.isnan())[by_id]]
+    among = similar.by_id[~(candidates.zero | cost.isnan())[similar.by_id]]
     limit = min(budget.limit(pool), len(among))
     table = _Table(limit, len(pool.ids), pool.columns["tokens"] if budget.tokens is not None else None, budget.tokens or 0)
-    length = min(
-        limit, max(LISTED // len(targets), 2 * math.ceil(limit / len(targets)))
-    )  # `limit` never runs out but of tokens
+    # without a budget in tokens no target goes further down than the number of picks
+    length = min(limit, max(LISTED // len(targets), 2 * math.ceil(limit / len(targets))))
     table.serve(_lists(similar, cost, among, length))
     while len(table.rows) < limit and len(among := among[table.open(among)]):  # a list ran out: new ones of what is left
         table.serve(_lists(similar, cost, among, min(length, len(among))))
