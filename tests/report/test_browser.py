@@ -196,6 +196,15 @@ def test_the_page_opens_without_a_word_or_a_request_and_fits_the_width(
     assert browser.run("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [360, 768, 1024, 1280])
+def test_a_long_time_stands_on_one_line(browser: Browser, report: Path, width: int) -> None:
+    browser.open(report, width=width, touch=width == 360)
+    browser.run("window.time = [...document.querySelectorAll('.numbers b')].at(-1); time.textContent = '57 min 27 s'")
+    lines = browser.run("time.getBoundingClientRect().height / parseFloat(getComputedStyle(time).lineHeight)")
+    assert lines == pytest.approx(1, abs=0.1)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
+
 def test_text_is_large_enough_to_read_on_a_phone(browser: Browser, report: Path) -> None:
     browser.open(report, width=360, touch=True)
     sizes = browser.run(

@@ -109,20 +109,16 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns a time as `0.42 s`, `38 s`, `3 min 20 s`, `12 min`, `2 h 5 min`, `12 h`, `–` for None and NaN."""
+    """Returns a time as `0.42 s`, `38 s`, `3 min 20 s`, `2 h 5 min`, `–` for None and NaN."""
     if seconds is None or math.isnan(seconds):
         return "–"
     if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 10:
+    if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(round(seconds / 60), 60)
-    if not hours:
-        return f"{minutes} min"
-    if hours < 10:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    return f"{seconds / 3600:.0f} h"
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def size(count: float | None) -> str:
